@@ -1,0 +1,99 @@
+"""Runs a model's description on an Ops: the activations, chunks of a prompt, one step.
+
+Owns the workspace, one for all sessions of an engine: one forward runs at a time. Knows nothing of text, files or residency.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import numpy as np
+
+from .models.base import Model
+from .ops import Array, Ops
+from .state import State
+
+LOGIT_ROWS = 16  # rows of logits at a time when all are wanted: 16 MB at 248,320 tokens
+
+
+class Workspace:
+    """Every activation, allocated once for `n_tokens`; `view(n)` hands out the first n rows of all, at fixed addresses."""
+
+    def __init__(self, ops: Ops, model: Model, n_tokens: int):
+        hp = model.hp
+        self.n_tokens = n_tokens
+        self.floats = {name: ops.empty((n_tokens, width), np.float32) for name, width in model.workspace(hp).items()}
+        self.ids = ops.empty((n_tokens, hp.n_expert_used), np.int32)
+        self.weights = ops.empty((n_tokens, hp.n_expert_used), np.float32)
+        self.tokens = ops.empty((n_tokens,), np.int32)
+        self.pos = ops.empty((1,), np.int32)
+        self.logits = ops.empty((LOGIT_ROWS, hp.n_vocab), np.float32)
+        self.views: dict[int, SimpleNamespace] = {}
+
+    def view(self, n: int) -> SimpleNamespace:
+        if n not in self.views:
+            self.views[n] = SimpleNamespace(**{name: array[:n] for name, array in self.floats.items()})
+        return self.views[n]
+
+
+class Run:
+    """All that a model's description may touch during one forward of n tokens."""
+
+    def __init__(self, ops: Ops, workspace: Workspace, state: State, experts, rope_freqs: Array, n: int):
+        self.ops, self.state, self.experts, self.rope_freqs = ops, state, experts, rope_freqs
+        self.ws = workspace.view(n)
+        self.ids, self.weights, self.pos = workspace.ids[:n], workspace.weights[:n], workspace.pos
+
+
+class Executor:
+    """One model on one backend. `trace(layer, "mix" | "ffn" | "out", array [n, n_embd])` sees a branch's output, or x."""
+
+    def __init__(self, model: Model, ops: Ops, experts, n_batch: int):
+        hp = model.hp
+        self.model, self.ops, self.experts = model, ops, experts
+        self.workspace = Workspace(ops, model, n_batch)
+        exponents = np.arange(0, hp.n_rot, 2) / hp.n_rot
+        self.rope_freqs = ops.upload((hp.rope_freq_base**-exponents).astype(np.float32))
+        self.trace: Callable[[int, str, np.ndarray], None] | None = None
+        self.lock = threading.RLock()
+
+    def forward(self, state: State, tokens: Sequence[int], all: bool = False) -> np.ndarray:
+        """Append `tokens` to the session; float32 logits [n_vocab] after the last one, or [n_tokens, n_vocab]."""
+        with self.lock:
+            rows = []
+            for start in range(0, len(tokens), self.workspace.n_tokens):
+                chunk = tokens[start : start + self.workspace.n_tokens]
+                last = start + len(chunk) == len(tokens)
+                n_logits = len(chunk) if all else int(last)
+                rows += self._chunk(state, chunk, n_logits)
+            return np.concatenate(rows) if all else rows[0][-1]
+
+    def _chunk(self, state: State, chunk: Sequence[int], n_logits: int) -> list[np.ndarray]:
+        """Run up to n_batch tokens; logits of the last `n_logits`, in pieces of LOGIT_ROWS."""
+        n, ops, model, work = len(chunk), self.ops, self.model, self.workspace
+        ops.copy(work.tokens[:n], ops.upload(np.asarray(chunk, np.int32)))
+        ops.copy(work.pos, ops.upload(np.array([state.n_past], np.int32)))
+        run = Run(ops, work, state, self.experts, self.rope_freqs, n)
+        ws = run.ws
+        ops.embed(ws.x, model.token_embd, work.tokens[:n])
+        for layer in model.layers:
+            model.mix(run, layer)
+            self._observe(layer, "mix", ws.out)
+            ops.add(ws.x, ws.out)
+            model.ffn(run, layer)
+            self._observe(layer, "ffn", ws.out)
+            ops.add(ws.x, ws.out)
+            self._observe(layer, "out", ws.x)
+        rows = []
+        for first in range(n - n_logits, n, LOGIT_ROWS):
+            x = ws.x[first : min(first + LOGIT_ROWS, n)]
+            h, logits = ws.h[: len(x)], work.logits[: len(x)]
+            ops.rms_norm(h, x, model.output_norm, model.hp.norm_rms_eps)
+            ops.matmul(logits, model.output, h)
+            rows.append(ops.to_host(logits))
+        state.advance(n)
+        return rows
+
+    def _observe(self, layer, part: str, x: Array) -> None:
+        if self.trace:
+            self.trace(layer.index, part, self.ops.to_host(x))

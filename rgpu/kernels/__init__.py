@@ -1,0 +1,72 @@
+"""By which loops: the Numba kernels of the CPU backend, one module per family.
+
+A kernel takes the tags of the types it reads, then addresses (int64) and sizes (int64, float64): no arrays, so that a call
+costs little and a recorded step can repeat it. Its argument list is declared with it, so that it is compiled for exactly the
+types a model needs, before the first token; a call with anything else is an error instead of a silent compilation.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numba
+from numba.core import event
+from numba.extending import register_jitable
+
+from ..quants.blocks import FASTMATH
+
+# A piece of a kernel: compiled into it, with a kernel's floating-point rules (they do not carry over by themselves). Bodies of
+# parallel loops are such pieces too, because Numba's parallel pass may drop writes through an address as dead.
+piece = register_jitable(fastmath=FASTMATH, error_model="numpy")
+
+
+def kernel(arguments: str, parallel: bool = False) -> Callable:
+    """Decorate a kernel; `arguments` has a letter each: q a type's tag, i an int64 (address, size), f a float64."""
+
+    def decorate(function):
+        dispatcher = numba.njit(nogil=True, cache=True, parallel=parallel, fastmath=FASTMATH, error_model="numpy")(function)
+        dispatcher.arguments = arguments
+        return dispatcher
+
+    return decorate
+
+
+def build(needed: Iterable[tuple], progress: Callable[[int, int, str], None] | None = None) -> None:
+    """Compile (or load from the disk cache) kernels: `needed` holds tuples (kernel, tag, tag, …).
+
+    `progress(done, total, name)` is called only around real compilations, so a start from the cache stays silent.
+    """
+    jobs = list(needed)
+    for done, (dispatcher, *tags) in enumerate(jobs):
+        tag_types = iter(numba.typeof(tag) for tag in tags)
+        letters = {"i": numba.int64, "f": numba.float64}
+        signature = tuple(next(tag_types) if a == "q" else letters[a] for a in dispatcher.arguments)
+        if signature in dispatcher.overloads:
+            continue
+        name = " ".join([dispatcher.py_func.__name__, *(type(tag).__name__ for tag in tags)])
+        dispatcher.disable_compile(False)
+        try:
+            with event.install_listener("numba:compile", _Announce(progress, done, len(jobs), name)):
+                dispatcher.compile(signature)
+        finally:
+            dispatcher.disable_compile()
+    if progress:
+        progress(len(jobs), len(jobs), "")
+
+
+class _Announce(event.Listener):
+    """Reports the start of a compilation; loading from the cache raises no such event."""
+
+    def __init__(self, progress, done, total, name):
+        self.report = (lambda: progress(done, total, name)) if progress else None
+
+    def on_start(self, event):
+        if self.report:
+            self.report()
+            self.report = None  # the functions a kernel calls are compiled within it
+
+    def on_end(self, event):
+        pass
+
+
+def set_threads(n: int) -> None:
+    """How many threads the kernels of the calling thread use; at most the number Numba started with."""
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))

@@ -1,0 +1,164 @@
+"""With which verbs a model is computed: the contract that every backend implements, and the weights it is given.
+
+Verbs are coarse and destination first; activations are float32 in the backend's memory, made once by `empty` and passed as
+views of the first n_tokens rows. Nothing here or in a backend looks at which model is running. A backend that lacks a verb
+fails when it is constructed (`check`), never in the middle of an answer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..errors import DeviceError
+
+Array = Any  # NumPy or a device's array: shape, dtype, reshape, slicing
+
+BACKENDS = ("cpu", "reference")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantised matrix in the backend's memory: type tag, shape (rows, columns), bytes."""
+
+    quant: tuple
+    shape: tuple[int, int]
+    data: Array  # uint8 [nbytes]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[1] // self.quant.block * self.quant.nbytes
+
+    @cached_property
+    def address(self) -> int:
+        """Where the first row lies, for a backend that reads host memory."""
+        return self.data.__array_interface__["data"][0]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Equal matrices in slots, one per resident expert: slot i is `nbytes` bytes at offset[i] of data[source[i]]."""
+
+    quant: tuple
+    shape: tuple[int, int]
+    data: tuple[Array, ...]
+    source: np.ndarray  # int64 [n_slots]
+    offset: np.ndarray  # int64 [n_slots]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[1] // self.quant.block * self.quant.nbytes
+
+    @cached_property
+    def addresses(self) -> np.ndarray:
+        """int64 [n_slots]: where each slot lies, for a backend that reads host memory."""
+        bases = np.array([part.__array_interface__["data"][0] for part in self.data], np.int64)
+        return bases[self.source] + self.offset
+
+    def weight(self, slot: int) -> Weight:
+        start = int(self.offset[slot])
+        data = self.data[self.source[slot]][start : start + self.shape[0] * self.row_bytes]
+        return Weight(self.quant, self.shape, data)
+
+
+class Bank(NamedTuple):
+    """Where the gate, up and down matrices of each slot lie."""
+
+    gate: Slots
+    up: Slots
+    down: Slots
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model will ask of a backend: the types it must have kernels for, and the largest sizes."""
+
+    n_tokens: int
+    n_expert: int
+    n_expert_used: int
+    n_embd: int
+    n_ff_exp: int
+    matrices: frozenset[str]  # type names of the matrices that are multiplied
+    embeddings: frozenset[str]  # … that rows are taken from
+    experts: frozenset[str]  # … of the experts
+    kv: str  # type name of the KV cache
+    recurrent: bool
+
+
+class Ops(Protocol):
+    """A backend. Shapes: n = tokens of this call; every `out` is written whole unless a verb says that it adds."""
+
+    name: str
+
+    def prepare(self, needs: Needs, progress: Callable[[int, int, str], None] | None) -> None:
+        """Compile or load the kernels for `needs` and allocate scratch; `progress(done, total, what)`."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Zeroed memory of the backend. (Zeroed, so that no run depends on what lay there.)"""
+
+    def upload(self, array: np.ndarray) -> Array:
+        """Host values in the backend's memory; may be the same memory."""
+
+    def to_host(self, x: Array) -> np.ndarray:
+        """A copy on the host; waits for what computes it."""
+
+    def copy(self, out: Array, x: Array) -> None:
+        """out = x, same shape and dtype."""
+
+    def embed(self, out: Array, weight: Weight, tokens: Array) -> None:
+        """out [n, n_embd] = rows `tokens` (int32 [n]) of the table."""
+
+    def matmul(self, out: Array, weight: Weight, x: Array) -> None:
+        """out [n, rows] = x [n, columns] · Wᵀ."""
+
+    def rms_norm(self, out: Array, x: Array, weight: Array, eps: float) -> None:
+        """out = x / sqrt(mean(x²) + eps) · weight over the last axis; x may be a view of part of each row."""
+
+    def swiglu(self, out: Array, gate: Array, up: Array) -> None:
+        """out = gate · sigmoid(gate) · up."""
+
+    def gate(self, out: Array, x: Array, g: Array) -> None:
+        """out = x · sigmoid(g); g has x's shape (or is a view of part of each row), or one value per row."""
+
+    def add(self, out: Array, x: Array) -> None:
+        """out += x."""
+
+    def zero(self, out: Array) -> None:
+        """out = 0."""
+
+    def rope(self, x: Array, pos: Array, freqs: Array) -> None:
+        """Rotate x [n, n_head, d] in place: pairs (i, i + n_rot/2), i < n_rot/2 = len(freqs), by (pos[0] + t)·freqs[i]."""
+
+    def store_kv(self, cache: Any, k: Array, v: Array, pos: Array) -> None:
+        """Quantise k, v [n, n_head_kv, d] into the cache's rows pos[0] … pos[0] + n - 1."""
+
+    def attention(self, out: Array, q: Array, cache: Any, pos: Array, scale: float) -> None:
+        """out [n, n_head, d_v]: softmax(scale · q · K)·V; token t sees positions 0 … pos[0] + t."""
+
+    def short_conv(self, out: Array, x: Array, weight: Array, tail: Array) -> None:
+        """out [n, c] = silu(causal convolution of x [n, c] with weight [c, taps]); tail [taps - 1, c] is read and moved on."""
+
+    def delta_rule(self, out: Array, qkv: Array, alpha: Array, beta: Array, a: Array, dt_bias: Array, state: Array) -> None:
+        """Gated delta rule: out [n, n_v_head, d_v], state [n_v_head, d_k, d_v] read and written (kernels/recurrent.py)."""
+
+    def route(self, ids: Array, weights: Array, logits: Array) -> None:
+        """ids int32, weights [n, k]: the k largest of softmax(logits [n, n_expert]), renormalised; may spend the logits."""
+
+    def expert_ffn(self, out: Array, x: Array, bank: Bank, table: Array, ids: Array, weights: Array) -> None:
+        """out[t] += Σ_k weights[t, k] · down(silu(gate x[t]) · up x[t]) of slot table[ids[t, k]], skipping slot -1."""
+
+
+VERBS = tuple(name for name, member in vars(Ops).items() if callable(member) and not name.startswith("_"))
+
+
+def check(backend: type) -> type:
+    """Class decorator: the backend has every verb with the protocol's parameters, or the import fails."""
+    for verb in VERBS:
+        found = getattr(backend, verb, None)
+        wanted = [*signature(getattr(Ops, verb)).parameters]
+        if found is None or [*signature(found).parameters] != wanted:
+            raise DeviceError(f"backend '{backend.name}' lacks the verb {verb}({', '.join(wanted[1:])})")
+    return backend

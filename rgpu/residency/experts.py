@@ -1,0 +1,32 @@
+"""The contract between a model's MoE block and whatever holds its experts: `ffn(run, layer)`, lane by lane.
+
+A lane is some ops, a bank and a table (expert → slot of the bank, or -1: another lane's). The lanes of a step are disjoint
+and together cover every routed expert. `MappedExperts` is the simplest arrangement: one lane over the mapped file.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..ops import Array, Bank, Ops
+
+
+class Lane(NamedTuple):
+    """A bank, the ops that can read it, and which expert is in which of its slots (int32 [n_expert], -1: not here)."""
+
+    ops: Ops
+    bank: Bank
+    table: Array
+
+
+class MappedExperts:
+    """Every expert where the file has it: slot e of a layer's bank is expert e, for every layer and at all times."""
+
+    def __init__(self, ops: Ops, banks: list[Bank], n_expert: int):
+        identity = ops.upload(np.arange(n_expert, dtype=np.int32))
+        self.lanes = [Lane(ops, bank, identity) for bank in banks]
+
+    def ffn(self, run, layer) -> None:
+        """Add the routed experts' output for this step to `run.ws.out`."""
+        lane = self.lanes[layer.index]
+        lane.ops.expert_ffn(run.ws.out, run.ws.h, lane.bank, lane.table, run.ids, run.weights)
