@@ -4,9 +4,11 @@ Owns arguments, exit codes and signals; the work is in hub.py (checkpoints) and 
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from rgpu.errors import ConvertError, RgpuError
@@ -24,7 +26,8 @@ floats and --type asks for blocks. With --stock, goes back: SRC is a file made h
 def parser() -> argparse.ArgumentParser:
     from .mix import MIXES
 
-    p = argparse.ArgumentParser(prog="convert", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION, formatter_class=raw)
     p.add_argument("source", metavar="SRC", type=Path, help="model folder or GGUF")
     p.add_argument("out", metavar="OUT", type=Path, help="the GGUF to write")
     kinds = ", ".join(MIXES)
@@ -47,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one conversion; returns the exit code, after one line on stderr if it failed."""
     args = parser().parse_args(argv)
     try:
-        _die_on_termination()
-        convert(args)
+        with _termination_raises():
+            convert(args)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED + signal.SIGINT
@@ -60,15 +63,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _die_on_termination() -> None:
+@contextlib.contextmanager
+def _termination_raises():
     """SIGTERM and SIGHUP end the process by an exception, so that the unfinished file is deleted on the way out."""
 
     def leave(number, frame):
         raise SystemExit(INTERRUPTED + number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), leave)
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []  # only the main thread may choose what signals do
+    before = {name: signal.signal(getattr(signal, name), leave) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -32,7 +32,9 @@ def quantise(file: GGUFFile, out: Path, mix: str, *, force: bool = False, thread
 
     names = [found.name for found in stock_entries(file)]
     found = {name: values.of_gguf(file, name) for name in names}
-    arch = file.metadata["general.architecture"]
+    arch = file.metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        raise ConvertError(f"{file.path} has no general.architecture")
     n_layer = file.integer(f"{arch}.block_count")
     n_head, n_head_kv = (max(file.integers(f"{arch}.attention.{key}", n_layer)) for key in ("head_count", "head_count_kv"))
     choose = Mix(mix, n_layer, file.integer(f"{arch}.expert_count"), n_head, n_head_kv, names).choose
@@ -66,11 +68,14 @@ def to_stock(file: GGUFFile, out: Path, *, force: bool = False) -> bool:
     Returns whether metadata and directory are those of the source: false if someone has edited them since.
     """
     stock = _restored_entries(file)
-    alignment = file.metadata.raw(records.SOURCE_ALIGNMENT) if records.SOURCE_ALIGNMENT in file.metadata else None
-    pairs = records.stock_pairs(pairs_of(file), alignment)
+    alignment = file.integer(records.SOURCE_ALIGNMENT, DEFAULT_ALIGNMENT)
+    if not 0 < alignment < 1 << 32 or alignment & (alignment - 1):
+        raise ConvertError(f"{file.path}: {records.SOURCE_ALIGNMENT} should be a power of two, found {alignment}")
+    stored = encode(np.uint32(alignment)) if records.SOURCE_ALIGNMENT in file.metadata else None
+    pairs = records.stock_pairs(pairs_of(file), stored)
     with Target(out, force=force, sources=file.paths) as target:
-        entries, offsets, size = header(pairs, stock, file.integer(records.SOURCE_ALIGNMENT, DEFAULT_ALIGNMENT))
-        target.begin(entries, size)
+        head, offsets, size = header(pairs, stock, alignment)
+        target.begin(head, size)
         begins = dict(zip([entry.name for entry in stock], offsets, strict=True))
         # In the order of the stock file: scattered reads cost less than scattered writes.
         for piece in sorted(records.per_expert(stock), key=lambda piece: begins[piece.source] + piece.start):
@@ -108,8 +113,8 @@ def _restored_entries(file: GGUFFile) -> list[Entry]:
     """The stock form's tensors, in its order, from the names that the converter left in the metadata."""
     if VERSION_KEY not in file.metadata:
         raise ConvertError(f"{file.path} is no per-expert file: it has no key {VERSION_KEY}, so there is nothing to restore")
-    if file.metadata[VERSION_KEY] != VERSION:
-        raise ConvertError(f"{file.path} has rgpu layout {file.metadata[VERSION_KEY]}; this version restores layout {VERSION}")
+    if (version := file.integer(VERSION_KEY)) != VERSION:
+        raise ConvertError(f"{file.path} has rgpu layout {version}; this version restores layout {VERSION}")
     order = file.metadata.get(records.SOURCE_TENSORS)
     if not isinstance(order, list) or len(set(order)) != len(order):
         raise ConvertError(f"{file.path}: the key {records.SOURCE_TENSORS} is missing or damaged")

@@ -27,8 +27,8 @@ def float32(stored: np.ndarray, dtype: str) -> np.ndarray:
     """A contiguous float32 copy of stored values of any of DTYPES (BF16 as uint16)."""
     if dtype != "BF16":
         return np.array(stored, np.float32, order="C")
-    bits = np.empty(stored.shape, np.uint32)
-    np.left_shift(stored, 16, out=bits, dtype=np.uint32)
+    bits = np.array(stored, np.uint32, order="C")
+    bits <<= 16
     return bits.view(np.float32)
 
 

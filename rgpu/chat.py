@@ -203,7 +203,8 @@ def turn(chat: Conversation, text: str) -> bool:
             terminal.note(f"loaded {len(chat.messages)} messages", dim=True)
         case "stats":
             terminal.note(chat.summary())
-            terminal.note(f"{len(chat.messages)} messages; {len(chat.session.tokens)} of {chat.engine.n_ctx} tokens in the context")
+            used = len(chat.session.tokens)
+            terminal.note(f"{len(chat.messages)} messages; {used} of {chat.engine.n_ctx} tokens in the context")
         case _:
             raise RgpuError(f"there is no command /{command}: /help lists them")
     return True

@@ -95,8 +95,8 @@ class Conversation:
         s = self.statistics()
         why = {"length": ", cut by --max-tokens", "context": ", context full", "interrupt": ", stopped"}
         return (
-            f"{s['generated_tokens']} tokens, {s['decode_tok_s']:.1f} per second{why.get(s['stop_reason'], '')}; prompt "
-            f"{s['prompt_tokens']} tokens, {s['reused_tokens']} reused, first answer token after {s['ttft_s']:.2f} s"
+            f"{s['generated_tokens']} tokens, {s['decode_tok_s']:.1f}/s{why.get(s['stop_reason'], '')}; prompt "
+            f"{s['prompt_tokens']} tokens, {s['reused_tokens']} reused; first token after {s['ttft_s']:.2f} s"
         )
 
     # ---- files ----

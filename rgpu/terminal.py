@@ -12,6 +12,7 @@ from pathlib import Path
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 HISTORY_LINES = 1000
+COMPILING = "compiling kernels for this machine (once)"
 # A model or a file must not drive the terminal: no control character but tab and newline reaches it.
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(0x7F, 0xA0))} | {0x09: "\t", 0x0A: "\n", 0x0D: ""}
 
@@ -58,13 +59,10 @@ class Terminal:
         if self._bar is None:
             from tqdm import tqdm
 
-            text = "compiling kernels for this machine (once)"
             if not self.stderr_tty:
-                self.note(text)  # one line in a log, no bar
-            layout = "{desc}: {n_fmt}/{total_fmt} {postfix} [{elapsed}]"
-            self._bar = tqdm(total=total, desc=text, bar_format=layout, leave=False, disable=not self.stderr_tty)
-        self._bar.n = done
-        self._bar.set_postfix_str(name)
+                self.note(COMPILING)  # one line in a log, no bar
+            self._bar = tqdm(total=total, bar_format="{desc} [{elapsed}]", leave=False, disable=not self.stderr_tty)
+        self._bar.set_description_str(f"{COMPILING}: {done}/{total} {name}")
 
     # ---- in ----
 

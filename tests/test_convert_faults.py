@@ -20,6 +20,7 @@ from convert.__main__ import main
 from convert.checkpoint import Checkpoint
 from rgpu.errors import ConvertError
 
+from .gguf_forms import rewrite
 from .tiny import stock_gguf
 from .tiny_hub import hub_checkpoint, safetensors
 
@@ -226,6 +227,12 @@ def test_a_damaged_per_expert_file_is_not_restored(tmp_path, stock, refuse):
         assert content.count(old) == 1
         damaged.write_bytes(content.replace(old, new))
         refuse(damaged, "--stock", words=[word])
+    aligned = rewrite(stock, tmp_path / "aligned.gguf", alignment=64)
+    assert main([str(aligned), str(damaged), "--force"]) == 0
+    content = damaged.read_bytes()
+    at = content.index(b"rgpu.source.alignment") + len(b"rgpu.source.alignment") + 4
+    damaged.write_bytes(content[:at] + b"\x00" + content[at + 1 :])
+    refuse(damaged, "--stock", words=["rgpu.source.alignment", "power of two"])
     version = content.index(b"rgpu.layout.version") + len(b"rgpu.layout.version") + 4
     damaged.write_bytes(content[:version] + b"\x02" + content[version + 1 :])
     refuse(damaged, "--stock", words=["layout 2"])

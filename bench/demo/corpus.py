@@ -8,11 +8,12 @@ import random
 from . import facts, phrasings, rgpu_facts
 
 # family: share of the single questions
-SHARES = {"capital": 18, "country": 10, "sum": 12, "difference": 8, "product": 8, "next": 4, "previous": 3, "month_days": 2, "month_number": 1.5,
-          "month_nth": 1.5, "planet_nth": 1.5, "planet_pos": 1.5, "symbol": 4, "element": 3, "count": 3, "parts": 2.5, "opposite": 2.5,
-          "counting": 1, "general": 4, "command_what": 6, "command_how": 6, "about": 8, "unknown": 7}
-CAPITAL_OF = dict(facts.CAPITALS)
-SYLLABLES = "ba be bo da den dor el fa gal gor han il ka kel lan lor ma mir na nor or pel qua ran ril sa sol ta tor ul va ven wy xan yor zan zu".split()
+SHARES = {"capital": 18, "country": 10, "sum": 12, "difference": 8, "product": 8, "next": 4, "previous": 3, "month_days": 2,
+          "month_number": 1.5, "month_nth": 1.5, "planet_nth": 1.5, "planet_pos": 1.5, "symbol": 4, "element": 3, "count": 3,
+          "parts": 2.5, "opposite": 2.5, "counting": 1, "general": 4, "command_what": 6, "command_how": 6, "about": 8,
+          "unknown": 7}
+SYLLABLES = ("ba be bo da den dor el fa gal gor han il ka kel lan lor ma mir na nor or pel qua ran ril sa sol ta tor "
+             "ul va ven wy xan yor zan zu").split()
 
 
 def fact_tables():
@@ -74,9 +75,11 @@ class Corpus:
         return "".join(self.rng.choice(SYLLABLES) for _ in range(self.rng.randint(2, 4))).capitalize()
 
     def _unknown(self):
-        text = self._pick(phrasings.UNKNOWN)
-        fill = {"{name}": self._name, "{country}": lambda: self.rng.choice(facts.CAPITALS)[0], "{city}": lambda: self.rng.choice(facts.CAPITALS)[1],
-                "{topic}": lambda: self.rng.choice(phrasings.TOPICS), "{n}": lambda: str(self.rng.choice((self.rng.randint(25, 99), self.rng.randint(100, 2100))))}
+        text, rng = self._pick(phrasings.UNKNOWN), self.rng
+        fill = {"{name}": self._name, "{country}": lambda: rng.choice(facts.CAPITALS)[0],
+                "{city}": lambda: rng.choice(facts.CAPITALS)[1],
+                "{topic}": lambda: rng.choice(phrasings.TOPICS),
+                "{n}": lambda: str(rng.choice((rng.randint(25, 99), rng.randint(100, 2100))))}
         for mark, draw in fill.items():
             while mark in text:
                 text = text.replace(mark, draw(), 1)
@@ -117,7 +120,9 @@ class Corpus:
         rng = self.rng
         if rng.random() < 0.10 * rate:
             before = rng.choice(phrasings.BEFORE)
-            text = before + text[0].lower() + text[1:] if before.endswith(", ") and text.split()[0] in ("What", "Which", "How", "Tell", "Do") else before + text
+            if before.endswith(", ") and text.split()[0] in ("What", "Which", "How", "Tell", "Do"):
+                text = text[0].lower() + text[1:]
+            text = before + text
         elif rng.random() < 0.07 * rate and text[-1] in ".?!":
             text = text[:-1] + ", please" + text[-1] if rng.random() < 0.5 else text + rng.choice(phrasings.AFTER)
         if rng.random() < 0.10 * rate and text[-1] in "?.!":

@@ -55,7 +55,8 @@ def main():
         rows = held_back()
     if args.limit:
         rows = random.Random(0).sample(rows, args.limit)
-    texts = answers(model, tokenizer, [row["messages"] for row in rows] + [[{"role": "user", "content": "What is the capital of France?"}]])
+    france = [{"role": "user", "content": "What is the capital of France?"}]
+    texts = answers(model, tokenizer, [row["messages"] for row in rows] + [france])
     right, all_rows = collections.Counter(), collections.Counter(row["family"] for row in rows)
     for row, text in zip(rows, texts):
         if text == row["answer"]:

@@ -35,8 +35,8 @@ def make_tokenizer(texts):
                                                        initial_alphabet=alphabet))
     bpe.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     bpe.add_tokens([AddedToken(text, special=False, normalized=False) for text in PLAIN])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE,
-                                   model_max_length=2048)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=TEMPLATE, model_max_length=2048)
 
 
 def make_model(tokenizer):
@@ -89,8 +89,7 @@ def use_fast_training():
 
 def is_quantised(name, weight):
     """Whether the converter would store this tensor in 4 bits."""
-    return weight.ndim >= 2 and "conv1d" not in name and not name.endswith("mlp.gate.weight") and "shared_expert_gate" not in name \
-        and weight.shape[-2] >= 32
+    return weight.ndim >= 2 and weight.shape[-2] >= 32 and "conv1d" not in name and not name.endswith("mlp.gate.weight")
 
 
 def round_4bit(weight):

@@ -39,7 +39,8 @@ def batches(tokenizer, seed, n_tokens):
     """Endless (ids, weights) of [rows, length]: one conversation per row from position 0, rows of like length together."""
     corpus, rng, pad = Corpus(seed), random.Random(seed), tokenizer.pad_token_id
     while True:
-        pool = sorted((encode(tokenizer, corpus.conversation()[0]) for _ in range(1024)), key=lambda row: len(row[0]) + rng.random())
+        pool = [encode(tokenizer, corpus.conversation()[0]) for _ in range(1024)]
+        pool.sort(key=lambda row: len(row[0]) + rng.random())
         groups, at = [], 0
         while at < len(pool):
             # rows are sorted: the length of the last row of the group decides; find the largest group that fits
@@ -104,7 +105,9 @@ def save(out, model, tokenizer, optimizer, **state):
 
 def rate(progress):
     """Learning rate factor: linear warmup, then a cosine down to 0."""
-    return progress / WARMUP if progress < WARMUP else 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP)))
+    if progress < WARMUP:
+        return progress / WARMUP
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP)))
 
 
 def average(params, elapsed):
@@ -165,8 +168,8 @@ def work(rank, args):
         elapsed = average(params, time.time() - start)
         if rank == 0 and len(total) >= 25 * SYNC:
             mean = [sum(column) / len(column) for column in zip(*total)]
-            print(f"step {step} {elapsed / 60:.1f} min answer loss {mean[0]:.4f} balance {mean[1]:.3f} lr {args.lr * rate(progress):.2e} "
-                  f"{seen / 1e6:.2f} M tokens {len(total) / (time.time() - shown):.2f} steps/s", flush=True)
+            print(f"step {step} {elapsed / 60:.1f} min answer loss {mean[0]:.4f} balance {mean[1]:.3f} "
+                  f"lr {args.lr * rate(progress):.2e} {seen / 1e6:.2f} M tokens {len(total) / (time.time() - shown):.2f} steps/s", flush=True)
             total, shown = [], time.time()
         if rank == 0 and time.time() - saved > 300:
             save(args.out, model, tokenizer, optimizer, elapsed=elapsed, step=step, seen=seen)
@@ -191,7 +194,8 @@ def main():
         os.remove(args.out + ".meet")
     if not os.path.isdir(args.out):
         corpus = Corpus(args.seed + 1)
-        texts = ["".join(m["content"] + "\n" for m in corpus.conversation()[0]) + "system\nuser\nassistant\n" for _ in range(20000)]
+        texts = ["".join(m["content"] + "\n" for m in corpus.conversation()[0]) + "system\nuser\nassistant\n"
+                 for _ in range(20000)]
         make_tokenizer(texts).save_pretrained(args.out + ".tokenizer")
     multiprocessing.spawn(work, (args,), nprocs=args.workers)
 

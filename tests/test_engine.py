@@ -1,0 +1,246 @@
+"""Engine and sessions on tiny random models: what stays in memory, what is computed again, what an error leaves behind."""
+
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from rgpu import Engine, EngineConfig, SamplingParams
+from rgpu.errors import ContextFull, RgpuError, UnsupportedModel
+from rgpu.models import architectures
+from tests.tiny import stock_gguf
+
+ARCHS = sorted(architectures())
+# Sums in another order, over a few layers of width 64: the logits (about 1.4) agree to a few 1e-5. See spec 12 of the models.
+CLOSE = dict(rtol=0, atol=3e-4)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {arch: stock_gguf(folder / f"{arch}.gguf", arch) for arch in ARCHS}
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def engine(request, paths):
+    with Engine.open(paths[request.param], kv="f32") as engine:
+        yield engine
+
+
+def prompt(n, seed=0, n_vocab=500):
+    return [int(t) for t in np.random.default_rng(seed).integers(0, n_vocab, n)]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kv", ["f32", "f16", "q8_0"])
+def test_cpu_equals_reference(paths, arch, kv):
+    tokens = prompt(70)
+    logits = []
+    for device in ("cpu", "reference"):
+        with Engine.open(paths[arch], device=device, kv=kv) as engine:
+            session = engine.session()
+            logits.append(np.concatenate([session.forward(tokens, all=True), session.forward(tokens[:1], all=True)]))
+    assert logits[0].std() > 0.5
+    # A coarser cache makes rounding of single values visible: one step of Q8_0 is 1/127 of a block's largest.
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol={"f32": 3e-4, "f16": 2e-2, "q8_0": 0.2}[kv])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 33, 70])
+def test_prefill_equals_single_steps(engine, n):
+    tokens = prompt(n, seed=n)
+    whole = engine.session().forward(tokens, all=True)
+    session = engine.session()
+    steps = np.stack([session.forward([token]) for token in tokens])
+    np.testing.assert_allclose(whole, steps, **CLOSE)
+
+
+def test_prompts_longer_than_a_batch(paths):
+    tokens = prompt(90)
+    for arch in ARCHS:
+        small, large = (Engine(EngineConfig(paths[arch], kv="f32", n_batch=n)) for n in (16, 128))
+        got, wanted = (e.session().forward(tokens, all=True) for e in (small, large))
+        np.testing.assert_allclose(got, wanted, **CLOSE)
+        np.testing.assert_allclose(small.session().forward(tokens), wanted[-1], **CLOSE)
+
+
+def test_sessions_do_not_disturb_each_other(engine):
+    a, b = prompt(20, 1), prompt(30, 2)
+    wanted = [engine.session().forward(tokens) for tokens in (a, b)]
+    one, two = engine.session(), engine.session()
+    one.forward(a[:7])
+    two.forward(b[:19])
+    np.testing.assert_allclose(one.forward(a[7:]), wanted[0], **CLOSE)
+    np.testing.assert_allclose(two.forward(b[19:]), wanted[1], **CLOSE)
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+def answer(session, messages, params=GREEDY):
+    return [piece.token for piece in session.generate(messages, params) if piece.token >= 0]
+
+
+def test_a_chat_turn_reads_only_what_is_new(engine):
+    session = engine.session()
+    messages = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog. " * 4}]
+    text = engine.tokenizer.decode(answer(session, messages), skip_special=True)
+    assert session.stats.reused_tokens == 0
+    first = session.stats.prompt_tokens
+    for turn in range(3):
+        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": f"And {turn}?"}]
+        tokens = answer(session, messages)
+        stats = session.stats
+        # At most the last answer, the new message and their marks are computed; the first message never again.
+        assert stats.reused_tokens >= first - 16, stats
+        fresh = engine.session()
+        assert answer(fresh, messages) == tokens, "reuse changed the answer"
+        text = engine.tokenizer.decode(tokens, skip_special=True)
+
+
+def test_an_edited_turn_goes_back_to_a_message_boundary(engine):
+    session = engine.session()
+    system = {"role": "system", "content": "Answer in one word, and be kind about it."}
+    answer(session, [system, {"role": "user", "content": "one " * 30}])
+    other = [system, {"role": "user", "content": "two " * 30}]
+    tokens = answer(session, other)
+    kept = len(engine.tokenizer.encode(engine.template.render([system], add_generation_prompt=False)))
+    assert kept - 4 <= session.stats.reused_tokens <= kept + 8
+    assert answer(engine.session(), other) == tokens
+
+
+def test_a_prompt_that_shares_nothing_starts_over(engine):
+    session = engine.session()
+    session.forward(prompt(40, 1))
+    assert session.sync(prompt(40, 2)) == prompt(40, 2)
+    assert session.tokens == []
+    np.testing.assert_allclose(session.forward(prompt(9, 3)), engine.session().forward(prompt(9, 3)), **CLOSE)
+
+
+def test_the_same_prompt_again_computes_its_last_token_at_least(engine):
+    session, tokens = engine.session(), prompt(20)
+    first = answer(session, tokens)
+    assert answer(session, tokens) == first
+    session.reset()
+    assert session.tokens == [] and answer(session, tokens) == first
+
+
+def test_an_interrupted_step_leaves_a_whole_session(engine):
+    session = engine.session()
+    messages = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+    wanted = answer(session, messages)
+    ffn, calls = type(engine.executor.model).ffn, []
+
+    def interrupted(run, layer):
+        calls.append(layer.index)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        ffn(engine.executor.model, run, layer)
+
+    engine.executor.model.ffn = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(prompt(5))
+    finally:
+        del engine.executor.model.ffn
+    assert len(session.tokens) == session.state.n_past
+    assert answer(session, messages) == wanted
+
+
+def test_an_answer_that_is_broken_off_keeps_what_was_said(engine):
+    session, tokens = engine.session(), prompt(20)
+    stream = session.generate(tokens, SamplingParams(temperature=0))
+    pieces = [next(stream).token for _ in range(4)]
+    stream.close()
+    session.sync([*tokens, *pieces, 1])
+    assert len(session.tokens) >= 20 + 3
+
+
+def test_the_context_is_a_promise(paths):
+    with Engine.open(paths[ARCHS[0]], n_ctx=32) as engine:
+        session = engine.session()
+        with pytest.raises(ContextFull, match=r"33 tokens do not fit the context of 32.*trained for"):
+            session.forward(prompt(33))
+        pieces = answer(session, prompt(20), SamplingParams(temperature=0))
+        assert session.stats.stop_reason in ("context", "eog")
+        assert len(pieces) <= 13 and len(session.tokens) <= 32
+        with pytest.raises(ContextFull):
+            list(session.generate(prompt(40)))
+        assert len(session.tokens) <= 32, "a refused prompt must not cost the conversation"
+
+
+def test_max_tokens_stop_and_logprobs(engine):
+    session, tokens = engine.session(), prompt(10)
+    params = SamplingParams(temperature=0, max_tokens=8, logprobs=3)
+    pieces = list(session.generate(tokens, params))
+    assert session.stats.stop_reason in ("length", "eog") and session.stats.generated_tokens <= 8
+    for piece in pieces:
+        if piece.token >= 0:
+            assert piece.top_logprobs[0] == (piece.token, piece.logprob) and len(piece.top_logprobs) == 3
+    text = "".join(piece.text for piece in pieces)
+    middle = text[2:5]
+    stopped = "".join(p.text for p in session.generate(tokens, SamplingParams(temperature=0, max_tokens=8, stop=(middle,))))
+    assert stopped == text[: text.index(middle)] and session.stats.stop_reason == "stop"
+
+
+def test_sampling_follows_the_seed(engine):
+    tokens = prompt(10)
+
+    def draw(seed):
+        return answer(engine.session(), tokens, SamplingParams(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=seed, max_tokens=16))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_wrong_wishes_are_named(paths, engine):
+    for wish, text in [
+        (dict(device="tpu"), "device is 'tpu', but there are: auto, cpu, reference"),
+        (dict(kv="q4"), "kv is 'q4', but there are: f16, f32, q8_0"),
+        (dict(n_ctx=0), "n_ctx is 0"),
+        (dict(n_ctx=10**9), "trained for"),
+    ]:
+        with pytest.raises(RgpuError, match=text):
+            Engine.open(paths[ARCHS[0]], **wish)
+    session = engine.session()
+    with pytest.raises(RgpuError, match="token id 100000 is outside the vocabulary"):
+        session.forward([100000])
+    with pytest.raises(RgpuError, match="no token"):
+        session.forward([])
+
+
+def test_problems_of_a_file_are_reported_at_once(tmp_path, paths, monkeypatch):
+    path = stock_gguf(tmp_path / "bad.gguf", "qwen3moe")
+    data = path.read_bytes()
+    for name in (b"blk.0.attn_q.weight", b"blk.1.attn_k.weight"):
+        data = data.replace(name, name.replace(b"attn", b"axxn"))
+    path.write_bytes(data)
+    with pytest.raises(UnsupportedModel, match=r"2 tensors do not fit qwen3moe: blk.0.attn_q.weight is missing.*blk.1.attn_k"):
+        Engine.open(path)
+    path.write_bytes(data.replace(b"qwen3moe", b"qwen9moe"))
+    with pytest.raises(UnsupportedModel, match=r"'qwen9moe' is not supported \(supported: .*qwen3moe"):
+        Engine.open(path)
+
+
+def test_import_is_light():
+    code = "import sys, rgpu; print([name for name in ('numba', 'cupy', 'numpy', 'tokenizers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_two_threads_may_ask_one_engine(engine):
+    """A forward has the workspace to itself; callers wait for each other."""
+    tokens, results = prompt(30), {}
+
+    def work(i):
+        time.sleep(0.001 * i)
+        results[i] = engine.session().forward(tokens)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(1, 4):
+        np.testing.assert_array_equal(results[i], results[0])
