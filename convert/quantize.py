@@ -43,14 +43,9 @@ def quantize(x, quant, out=None, threads=1):
         stop = min(start + CHUNK, weights.size)
         encode(weights[start:stop], blocks[start // tag.block : stop // tag.block], *arguments)
 
-    starts = range(0, weights.size, CHUNK)
-    if threads == 1 or len(starts) < 2:
-        for start in starts:
-            piece(start)
-    else:
-        # Plain threads around nogil kernels: unlike prange they may be called from several threads at once.
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(piece, starts))
+    # Plain threads around nogil kernels: unlike prange, they may be called from several threads at once.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(piece, range(0, weights.size, CHUNK)))
     return out
 
 
@@ -183,16 +178,13 @@ def columns(rows):
 
 @kernel
 def gather(x, start, length, out):
-    """Sub-block `l` of `length` weights, from x[start:], becomes column l of `out` [length, LANES]; zeros pad."""
-    present = min(LANES, (x.size - start) // length)
-    if present < LANES:
-        out[:] = 0
-    for lane in range(present):
+    """Sub-block `l` of `length` weights, from x[start:], becomes column l of `out` [length, LANES], as many as there are."""
+    for lane in range(min(LANES, (x.size - start) // length)):
         for i in range(length):
             out[LANES * i + lane] = x[start + lane * length + i]
 
 
-# Rows of the affine search's state.
+# Rows of the affine search's state: sums over the trial codes q; sums over u; where x = 0 lies; the best fit; the sub-block.
 Q, QQ, QU, W, WU, WUU, ZERO, BEST, SLOPE, OFFSET, LOW, SPAN, RMS = LANES * np.arange(13)
 
 
@@ -211,7 +203,7 @@ def normalise_affine(u, w, state):
     for lane in range(LANES):
         state[SPAN + lane] -= state[LOW + lane]
         state[RMS + lane] = np.sqrt(state[RMS + lane] / np.float32(32))
-        state[ZERO + lane] = -state[LOW + lane] / state[SPAN + lane]  # where x = 0 lies
+        state[ZERO + lane] = -state[LOW + lane] / state[SPAN + lane]
         state[BEST + lane] = np.inf
     for i in range(32):
         for lane in range(LANES):
@@ -229,7 +221,7 @@ def normalise_affine(u, w, state):
 @kernel
 def sum_affine(u, w, k, top, state):
     """Codes q = round(k·(u - offset)) in 0..top; Q, QQ, QU of `state` = Σw·q, Σw·q², Σw·q·u of each column."""
-    state[: W] = 0
+    state[:W] = 0
     for i in range(32):
         for lane in range(LANES):
             v = u[LANES * i + lane]
@@ -251,7 +243,7 @@ def solve_affine(state):
         s = (one * qu - u * q) / spread
         m = (qq * u - q * qu) / spread
         s_through_zero = (qu - zero * q) / qq
-        # A minimum is stored negated and unsigned. Near-equal codes have no slope but that from zero.
+        # Minima are stored without a sign, so no offset may be above zero; equal codes have no slope but that from zero.
         through_zero = (m > zero) | (spread < np.float32(1e-5) * one * qq)
         s = s_through_zero if through_zero else s
         m = zero if through_zero else m
@@ -325,7 +317,7 @@ def pack_codes_256(codes, out, levels):
             out[o + 32 * c + i] = codes[64 * c + i] & 15 | (codes[64 * c + 32 + i] & 15) << 4
 
 
-# Rows of the symmetric search's state.
+# Rows of the symmetric search's state: sums over the trial codes q; the sub-block's largest |x|, signed; the best fit.
 XQ, XQQ, EXTREME, GAIN, SCALE = LANES * np.arange(5)
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import threading
 from pathlib import Path
 
 from .conversation import Conversation
@@ -26,8 +25,8 @@ HELP = """\
 /load FILE      continue a saved conversation
 /stats          the last answer in numbers
 /exit           leave; so does Ctrl-D
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several lines."""
-ENGINE_FIELDS = ("device", "kv", "n_ctx", "threads")
+Ctrl-C          stop the answer
+A line that ends in \\ goes on in the next; \"\"\" begins and ends a message of several."""
 # What a model's author recommends: key after "general.sampling." -> field of SamplingParams.
 RECOMMENDED = {
     "temp": "temperature",
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     terminal = Terminal()
-    interactive = args.prompt is None and sys.stdin.isatty()
+    interactive = args.prompt is None and terminal.stdin_tty
     if interactive and args.json:
         options.error("--json goes with -p or piped input")
     try:
@@ -100,7 +99,8 @@ def open_engine(args: argparse.Namespace, terminal: Terminal):
 
     from .engine import Engine, EngineConfig, builtin_model
 
-    config = EngineConfig(args.model or builtin_model(), **{key: given[key] for key in ENGINE_FIELDS if key in given})
+    fields = {key: given[key] for key in EngineConfig.__dataclass_fields__ if key in given}
+    config = EngineConfig(args.model or builtin_model(), **fields)
     engine = Engine(config, terminal.progress)
     found = {field: engine.file.metadata.get(f"general.sampling.{key}") for key, field in RECOMMENDED.items()}
     recommended = {field: value for field, value in found.items() if value is not None}
@@ -113,7 +113,7 @@ def answer_once(args: argparse.Namespace, terminal: Terminal) -> int:
     engine, params = open_engine(args, terminal)
     with engine:
         chat = Conversation(engine, params, terminal, thinking=not args.no_think)
-        if (engine.file.metadata.get("tokenizer.chat_template") or "").strip():
+        if str(engine.file.metadata.get("tokenizer.chat_template") or "").strip():
             chat.set_system(args.system or "")
             chat.ask(text)
         elif args.system:
@@ -130,14 +130,7 @@ def answer_once(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def message_of(prompt: str | None, terminal: Terminal) -> str:
     """The one message: the prompt, and what is piped into standard input."""
-    piped = ""
-    if not sys.stdin.isatty():
-        # A pipe that nobody closes would hold us for ever without a word.
-        notice = threading.Timer(2, terminal.note, ["reading standard input until it ends (not wanted? add < /dev/null)"])
-        notice.daemon = True
-        notice.start()
-        piped = sys.stdin.read().rstrip("\n")
-        notice.cancel()
+    piped = "" if terminal.stdin_tty else terminal.read_piped()
     text = "\n\n".join(part for part in (prompt, piped) if part)
     if not text.strip():
         raise RgpuError("there is no message: -p is empty" if prompt is not None else "standard input is empty")
@@ -155,7 +148,7 @@ def converse(args: argparse.Namespace, terminal: Terminal) -> int:
 
         terminal.remember_lines(cache_dir() / "history")
         terminal.note("\n".join(engine.plan), dim=True)
-        terminal.note("/help lists commands", dim=True)
+        terminal.note("/help lists commands\n", dim=True)
         while True:
             try:
                 text = terminal.read_message()

@@ -46,6 +46,8 @@ class Conversation:
         if self.interrupted and not answer.text:
             return
         thought = answer.thought.strip()
+        if thought and not answer.text:
+            self.terminal.note("note: the model was still thinking when it was stopped: raise -n, or use --no-think")
         reasoning = {"reasoning_content": thought} if thought else {}
         self.messages = [*asked, {"role": "assistant", "content": answer.text, **reasoning}]
 

@@ -75,7 +75,7 @@ def _tensor(file: GGUFFile, ops: Ops, t: T):
     quant = TYPES[file.tensors[t.name].quant]
     stored = file.bytes(t.name)
     if t.is_matrix:
-        return Weight(quant, t.shape if len(t.shape) == 2 else (1, *t.shape), ops.upload(stored))
+        return Weight(quant, t.shape, ops.upload(stored))
     return ops.upload(quant.dequantize(stored.reshape(-1, quant.nbytes)).reshape(t.shape).astype(np.float32))
 
 

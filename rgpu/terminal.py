@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Terminal:
         for stream in (sys.stdin, sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
+        self.stdin_tty = sys.stdin is not None and sys.stdin.isatty()  # None: closed, as some services have it
         self.stdout_tty, self.stderr_tty = sys.stdout.isatty(), sys.stderr.isatty()
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colour = self.stderr_tty and not plain
@@ -47,7 +49,9 @@ class Terminal:
         """One line, after the traceback if RGPU_DEBUG=1."""
         if os.environ.get("RGPU_DEBUG") == "1":
             traceback.print_exception(error)
-        self.note("error: " + " ".join(str(error).split()))
+        known = isinstance(error, OSError) and error.filename and error.strerror
+        text = f"{error.filename}: {error.strerror}" if known else str(error)
+        self.note("error: " + " ".join(text.split()))
 
     def progress(self, done: int, total: int, name: str) -> None:
         """Kernels are being compiled: the engine calls this before each, and with done = total at the end in any case."""
@@ -65,6 +69,19 @@ class Terminal:
         self._bar.set_description_str(f"{COMPILING}: {done}/{total} {name}")
 
     # ---- in ----
+
+    def read_piped(self) -> str:
+        """All of standard input, which is no terminal; without the line ends at its end."""
+        if sys.stdin is None:
+            return ""
+        # A pipe that nobody closes would hold us for ever without a word.
+        notice = threading.Timer(2, self.note, ["reading standard input until it ends (not wanted? add < /dev/null)"])
+        notice.daemon = True
+        notice.start()
+        try:
+            return sys.stdin.read().rstrip("\n")
+        finally:
+            notice.cancel()
 
     def remember_lines(self, history: Path) -> None:
         """Line editing for the prompt, with a history kept in a file. A folder that can't be written to: no history."""

@@ -14,8 +14,9 @@ from rgpu.gguf import GGUFFile, names
 from rgpu.gguf.layout import ALIGNMENT, KINDS, find_experts
 
 from .gguf_forms import rewrite
+from .test_layout import experts, tensors, write
 from .tiny import stock_gguf
-from .tiny_hub import hub_checkpoint
+from .tiny_hub import hub_checkpoint, hub_config, hub_tensors
 
 MIXED = {"gate": "Q4_K", "up": "Q5_K", "down": "Q6_K"}
 
@@ -147,6 +148,17 @@ def test_another_reader_reads_the_file(tmp_path):
     assert np.array_equal(found["token_embd.weight"].data, source["token_embd.weight"].data)
 
 
+def test_expert_biases_stay_dense(tmp_path):
+    content = tensors("stacked") | {"blk.1.ffn_up_exps.bias": experts(1)["gate"][:, 0, :64].astype(np.float32)}
+    stock = write(tmp_path / "stock.gguf", content)
+    run(stock, tmp_path / "expert.gguf")
+    with GGUFFile(tmp_path / "expert.gguf") as file:
+        dense = [name for name in content if not name.endswith("_exps.weight")]
+        assert list(file.tensors)[: len(dense)] == dense and dense[-1] == "blk.1.ffn_up_exps.bias"
+    run("--stock", tmp_path / "expert.gguf", tmp_path / "back.gguf")
+    assert filecmp.cmp(stock, tmp_path / "back.gguf", shallow=False)
+
+
 def test_restoring_an_edited_file_says_so(tmp_path, capfd):
     stock = stock_gguf(tmp_path / "stock.gguf", "qwen3moe")
     run(stock, tmp_path / "expert.gguf")
@@ -206,11 +218,9 @@ def test_every_layout_of_a_checkpoint_gives_the_same_model(tmp_path, convert, la
     assert all(plain.metadata.raw(key) == other.metadata.raw(key) for key in plain.metadata if key not in own)
 
 
-@pytest.mark.parametrize("experts", ["stacked", "single"])
-def test_qwen3moe_values_are_those_of_the_checkpoint(tmp_path, convert, experts):
-    from .tiny_hub import hub_config, hub_tensors
-
-    file = convert(hub_checkpoint(tmp_path / "model", "qwen3moe", experts=experts), "--type", "F32")
+@pytest.mark.parametrize("form", ["stacked", "single"])
+def test_qwen3moe_values_are_those_of_the_checkpoint(tmp_path, convert, form):
+    file = convert(hub_checkpoint(tmp_path / "model", "qwen3moe", experts=form), "--type", "F32")
     hub = hub_tensors(hub_config("qwen3moe"))
     needed = {
         "token_embd.weight": hub["embed_tokens.weight"],
@@ -258,9 +268,9 @@ def test_blocks_are_those_of_gguf_py(tmp_path, convert):
         assert np.array_equal(blocks.bytes(name), needed.reshape(-1)), name
 
 
-@pytest.mark.parametrize("experts", ["stacked", "single"])
-def test_slices_change_nothing(tmp_path, convert, monkeypatch, experts):
-    folder = hub_checkpoint(tmp_path / "model", experts=experts, dtype="BF16")
+@pytest.mark.parametrize("form", ["stacked", "single"])
+def test_slices_change_nothing(tmp_path, convert, monkeypatch, form):
+    folder = hub_checkpoint(tmp_path / "model", experts=form, dtype="BF16")
     plain = convert(folder, "--type", "Q8_0")
     monkeypatch.setattr(values, "SLICE", 4 * 64 * 100)  # 100 rows of an embedding, 3 experts
     assert_same_tensors(plain, convert(folder, "--type", "Q8_0"))

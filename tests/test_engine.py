@@ -129,7 +129,8 @@ def test_the_same_prompt_again_computes_its_last_token_at_least(engine):
 
 def test_an_interrupted_step_leaves_a_whole_session(engine):
     session = engine.session()
-    messages = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+    said = [("user", "hello there"), ("assistant", "x"), ("user", "y")]
+    messages = [{"role": role, "content": content} for role, content in said]
     wanted = answer(session, messages)
     ffn, calls = type(engine.executor.model).ffn, []
 
@@ -189,7 +190,8 @@ def test_sampling_follows_the_seed(engine):
     tokens = prompt(10)
 
     def draw(seed):
-        return answer(engine.session(), tokens, SamplingParams(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=seed, max_tokens=16))
+        params = SamplingParams(temperature=1.5, top_k=0, top_p=1, min_p=0, seed=seed, max_tokens=16)
+        return answer(engine.session(), tokens, params)
 
     assert draw(1) == draw(1) != draw(2)
 

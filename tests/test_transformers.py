@@ -1,5 +1,6 @@
 """Checkpoint → convert → engine gives what transformers computes: logits, greedy tokens and every layer, float32 throughout.
 
+One thread, because on a busy machine the meetings of several cost more than these small models.
 The expected numbers are tests/vectors/transformers-*.npz, written by tests/vectors/make_vectors.py from the same seeds.
 """
 
@@ -112,6 +113,15 @@ def test_any_batch_size(models, arch, n_batch):
     with Engine(EngineConfig(models[arch], device="cpu", kv="f32", threads=1, n_batch=n_batch)) as engine:
         got = forward(engine.session(), want["p150_ids"])
     np.testing.assert_allclose(got[want["p150_rows"]], want["p150_logits"], rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_nothing(case, models, threads):
+    engine, want = case
+    with Engine.open(models[engine.hparams.arch], device="cpu", kv="f32", threads=threads) as other:
+        for n in (1, 5, 65):
+            one, several = (forward(e.session(), want[f"p{n}_ids"]) for e in (engine, other))
+            assert np.array_equal(one.view(np.uint32), several.view(np.uint32))
 
 
 @pytest.mark.parametrize("device", ["cpu", "reference"])

@@ -118,7 +118,7 @@ def per_expert(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def hub_checkpoint(
-    folder, arch: str = "qwen35moe", *, k=False, nested=False, experts="stacked", shards=1, mtp=False, dtype="F32", seed=0
+    folder, arch: str = "qwen35moe", *, k=False, nested=False, experts="stacked", shards=1, mtp=False, dtype="F32"
 ) -> Path:
     """Write a checkpoint folder and return it.
 
@@ -127,7 +127,7 @@ def hub_checkpoint(
     """
     folder, config = Path(folder), hub_config(arch, k, mtp)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = hub_tensors(config, seed)
+    tensors = hub_tensors(config)
     tensors = per_expert(tensors) if experts == "single" else tensors
     prefix = "model.language_model." if nested else "model."
     named = {name if name.startswith(("mtp.", "lm_head")) else prefix + name: x for name, x in tensors.items()}
@@ -135,7 +135,7 @@ def hub_checkpoint(
         outer = dict(model_type="qwen3_5_moe", architectures=["Qwen3_5MoeForConditionalGeneration"], text_config=config)
         vision = dict(model_type="qwen3_5_moe_vision", depth=1, hidden_size=32, num_heads=2)
         config = outer | dict(vision_config=vision | dict(out_hidden_size=config["hidden_size"]), tie_word_embeddings=False)
-        named["model.visual.patch_embed.proj.weight"] = draw("visual", (32, 3, 2, 16, 16), seed)
+        named["model.visual.patch_embed.proj.weight"] = draw("visual", (32, 3, 2, 16, 16), 0)
     names = list(named)
     files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
     files = files if shards > 1 else {"model.safetensors": names}

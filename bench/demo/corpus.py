@@ -12,6 +12,8 @@ SHARES = {"capital": 18, "country": 10, "sum": 12, "difference": 8, "product": 8
           "month_number": 1.5, "month_nth": 1.5, "planet_nth": 1.5, "planet_pos": 1.5, "symbol": 4, "element": 3, "count": 3,
           "parts": 2.5, "opposite": 2.5, "counting": 1, "general": 4, "command_what": 6, "command_how": 6, "about": 8,
           "unknown": 7}
+# how much more often training asks what is hard to learn
+PRACTICE = {"sum": 1.6, "difference": 1.8, "product": 1.5, "country": 1.3}
 SYLLABLES = ("ba be bo da den dor el fa gal gor han il ka kel lan lor ma mir na nor or pel qua ran ril sa sol ta tor "
              "ul va ven wy xan yor zan zu").split()
 
@@ -61,7 +63,8 @@ class Corpus:
 
     def __init__(self, seed, held=False):
         self.rng, self.held, self.table = random.Random(seed), held, fact_tables()
-        self.families, self.shares = list(SHARES), list(SHARES.values())
+        self.families = list(SHARES)
+        self.shares = [share * (1 if held else PRACTICE.get(family, 1)) for family, share in SHARES.items()]
 
     def _pick(self, lists):
         return self.rng.choice(lists[1] if self.held else lists[0])

@@ -5,9 +5,14 @@ costs little and a recorded step can repeat it. Its argument list is declared wi
 types a model needs, before the first token; a call with anything else is an error instead of a silent compilation.
 """
 
+import os
 from collections.abc import Callable, Iterable
 
-import numba
+# Threads that meet at the end of a parallel loop spin for some microseconds, then sleep. GNU OpenMP's default is to spin for
+# milliseconds, which on a machine with another busy process costs three times the whole step. Read when the pool starts.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import numba  # noqa: E402
 from numba.core import event
 from numba.extending import register_jitable
 

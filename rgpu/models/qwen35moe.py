@@ -129,7 +129,7 @@ class Qwen35Moe(Model):
         return [
             T(b + "post_attention_norm.weight", (n_embd,), hub + "post_attention_layernorm.weight", _plus_one),
             *blocks.routed_tensors(hp, b, hub),
-            T(b + "ffn_gate_inp_shexp.weight", (n_embd,), hub + "mlp.shared_expert_gate.weight", np.ravel, matrix=True),
+            T(b + "ffn_gate_inp_shexp.weight", (1, n_embd), hub + "mlp.shared_expert_gate.weight"),
             T(b + "ffn_gate_shexp.weight", (n_shared, n_embd), shared + "gate_proj.weight"),
             T(b + "ffn_up_shexp.weight", (n_shared, n_embd), shared + "up_proj.weight"),
             T(b + "ffn_down_shexp.weight", (n_embd, n_shared), shared + "down_proj.weight"),

@@ -10,6 +10,9 @@ from ..quants import TYPES
 from . import check
 
 
+SMALL = 1 << 17  # multiply-adds that one thread does in the time it takes to call the others
+
+
 def physical_cores() -> int:
     """Cores this process may use, counting two hardware threads of one core once."""
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
@@ -72,6 +75,12 @@ class CpuOps:
     def copy(self, out, x):
         np.copyto(out, x)
 
+    def parts(self, work: int) -> int:
+        """Threads for this many multiply-adds, made current for the kernel that follows."""
+        n = self.threads if work > SMALL else 1
+        kernels.set_threads(n)
+        return n
+
     # ---- verbs ----
 
     def embed(self, out, weight, tokens):
@@ -80,12 +89,11 @@ class CpuOps:
     def matmul(self, out, weight, x):
         rows, cols = weight.shape
         assert x.shape == (out.shape[0], cols) and out.shape[1] == rows
-        kernels.set_threads(self.threads)
         # One expert in slot 0, to which every token goes.
         self.only[0], self.all[1] = weight.address, len(x)
         matmul.matmul(
             weight.quant, at(out), at(self.only), weight.row_bytes, at(self.slot), at(self.all), at(self.each), at(x),
-            1, 1, rows, cols, self.threads,
+            1, 1, rows, cols, self.parts(len(x) * rows * cols),
         )  # fmt: skip
 
     def rms_norm(self, out, x, weight, eps):
@@ -121,7 +129,7 @@ class CpuOps:
     def attention(self, out, q, cache, pos, scale):
         n, n_head, d_k = q.shape
         assert out.shape[:2] == q.shape[:2] and n_head % cache.k.shape[1] == 0
-        kernels.set_threads(self.threads)
+        self.parts(n * n_head * (d_k + out.shape[2]) * (int(pos[0]) + n))
         attention.attention(
             cache.quant, at(out), at(q), at(cache.k), at(cache.v), cache.k.shape[2], cache.v.shape[2], at(pos),
             n, n_head, cache.k.shape[1], d_k, out.shape[2], scale,
@@ -129,15 +137,15 @@ class CpuOps:
 
     def short_conv(self, out, x, weight, tail):
         assert out.shape == x.shape and weight.shape[0] == x.shape[1] and tail.shape == (weight.shape[1] - 1, x.shape[1])
-        kernels.set_threads(self.threads)
-        recurrent.short_conv(at(out), at(x), at(weight), at(tail), *x.shape, weight.shape[1], self.threads)
+        parts = self.parts(weight.size * len(x))
+        recurrent.short_conv(at(out), at(x), at(weight), at(tail), *x.shape, weight.shape[1], parts)
 
     def delta_rule(self, out, qkv, alpha, beta, a, dt_bias, state):
         n, n_v_head, d_v = out.shape
         d_k = state.shape[1]
         n_k_head = (qkv.shape[1] - n_v_head * d_v) // (2 * d_k)
         assert alpha.shape == beta.shape == (n, n_v_head) and state.shape == (n_v_head, d_k, d_v)
-        kernels.set_threads(self.threads)
+        self.parts(3 * state.size * n)
         recurrent.delta_rule(
             at(out), at(qkv), at(alpha), at(beta), at(a), at(dt_bias), at(state), n, n_k_head, n_v_head, d_k, d_v, 1e-6
         )
@@ -150,13 +158,12 @@ class CpuOps:
         pairs, n_expert = n * k, len(table)
         starts, order = at(self.starts), at(self.order)
         gates, ups, downs = self.gates[:pairs], self.ups[:pairs], self.downs[:pairs]
-        kernels.set_threads(self.threads)
         elementwise.group_by_expert(starts, order, at(ids), pairs, n_expert)
         for part, y, source, shared_by in ((bank.gate, gates, x, k), (bank.up, ups, x, k), (bank.down, downs, gates, 1)):
             if part is bank.down:
                 elementwise.swiglu(at(gates), at(gates), at(ups), gates.size)
             matmul.matmul(
                 part.quant, at(y), at(part.addresses), part.row_bytes, at(table), starts, order, at(source),
-                n_expert, shared_by, *part.shape, self.threads,
+                n_expert, shared_by, *part.shape, self.parts(pairs * part.shape[0] * part.shape[1]),
             )  # fmt: skip
         elementwise.combine(at(out), at(downs), at(weights), at(ids), at(table), order, pairs, k, out.shape[1])
