@@ -136,7 +136,8 @@ class Target:
         try:
             self._fd = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
             if flock:
-                flock(self._fd, LOCK_EX | LOCK_NB)
+                with contextlib.suppress(OSError):  # some network file systems have no locks
+                    flock(self._fd, LOCK_EX | LOCK_NB)
         except OSError as error:
             self._discard()
             raise self._refusal(error) from error

@@ -144,7 +144,7 @@ def converse(args: argparse.Namespace, terminal: Terminal) -> int:
         chat = Conversation(engine, params, terminal, thinking=not args.no_think)
         chat.set_system(args.system or "")
         _ = engine.template, engine.tokenizer  # what is wrong with them is better known now than after the first message
-        from .quants import cache_dir
+        from .cache import cache_dir
 
         terminal.remember_lines(cache_dir() / "history")
         terminal.note("\n".join(engine.plan), dim=True)

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from . import load
-from .errors import RgpuError, UnsupportedModel
+from .errors import OutOfMemory, RgpuError, UnsupportedModel
 from .executor import Executor
 from .gguf.reader import GGUFFile
 from .ops import BACKENDS, Ops
@@ -118,7 +118,11 @@ class Engine:
         """A new, empty timeline; sessions share the engine and don't disturb each other."""
         if self.executor is None:
             raise RgpuError("the engine is closed")
-        return Session(self, State(self.executor.model, self.executor.ops, self.kv, self.n_ctx))
+        try:
+            state = State(self.executor.model, self.executor.ops, self.kv, self.n_ctx)
+        except MemoryError:
+            raise OutOfMemory(f"no memory for a context of {self.n_ctx} tokens: open the model with a smaller one") from None
+        return Session(self, state)
 
     @property
     def plan(self) -> list[str]:

@@ -36,9 +36,11 @@ def bind(file: GGUFFile, ops: Ops) -> Bound:
     table = [t for t in cls.tensors(hp) if not t.mtp]
     dense = [t for t in table if not t.experts]
     check(dense, {name: info.shape for name, info in file.tensors.items()}, arch)
-    _check_types(file, dense, hp)
+    stored = {t.name: t.name if t.name in file.tensors else t.alias for t in dense}
+    dense = [t for t in dense if stored[t.name] in file.tensors]  # without the optional ones that are absent
+    _check_types(file, [stored[t.name] for t in dense])
 
-    bound = {t.name: _tensor(file, ops, t) for t in dense if t.name in file.tensors}
+    bound = {t.name: _tensor(file, stored[t.name], ops, t) for t in dense}
     layers = [Layer(i, cls.layer_kind(hp, i), _own(bound, i)) for i in range(hp.n_layer)]
     model = cls(hp, bound, layers)
     banks = _banks(file, ops, hp)
@@ -70,10 +72,10 @@ def _own(bound: dict, index: int) -> dict:
     return {name.removeprefix(prefix).removesuffix(".weight").replace(".", "_"): bound[name] for name in names}
 
 
-def _tensor(file: GGUFFile, ops: Ops, t: T):
+def _tensor(file: GGUFFile, name: str, ops: Ops, t: T):
     """A matrix stays in its stored type; everything else becomes float32 values of the table's shape."""
-    quant = TYPES[file.tensors[t.name].quant]
-    stored = file.bytes(t.name)
+    quant = TYPES[file.tensors[name].quant]
+    stored = file.bytes(name)
     if t.is_matrix:
         return Weight(quant, t.shape, ops.upload(stored))
     return ops.upload(quant.dequantize(stored.reshape(-1, quant.nbytes)).reshape(t.shape).astype(np.float32))
@@ -100,8 +102,8 @@ def _banks(file: GGUFFile, ops: Ops, hp: HParams) -> list[Bank]:
     return banks
 
 
-def _check_types(file: GGUFFile, table: list[T], hp: HParams) -> None:
-    unknown = [t.name for t in table if t.name in file.tensors and file.tensors[t.name].quant not in TYPES]
+def _check_types(file: GGUFFile, names: list[str]) -> None:
+    unknown = [name for name in names if file.tensors[name].quant not in TYPES]
     if unknown:
         found = sorted({file.tensors[name].quant for name in unknown})
         raise UnsupportedModel(

@@ -43,7 +43,8 @@ def test_the_module_runs():
 
 
 def test_show_lists_a_file(tmp_path, capsys):
-    path = tiny.stock_gguf(tmp_path / "m.gguf", "qwen3moe", "Q8_0", metadata={"evil\x1b[31m": "x\x1by", "general.long": "z" * 500})
+    keys = {"evil\x1b[31m": "x\x1by", "general.long": "z" * 500}
+    path = tiny.stock_gguf(tmp_path / "m.gguf", "qwen3moe", "Q8_0", metadata=keys)
     assert cli.main(["show", str(path)]) == 0
     told = capsys.readouterr().out
     assert "  general.architecture = 'qwen3moe'\n" in told

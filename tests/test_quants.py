@@ -269,10 +269,29 @@ def test_outside_numba_is_an_error():
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RGPU_CACHE_DIR", str(tmp_path / "ours"))
-    assert quants.cache_dir() == tmp_path / "ours"
+    assert quants._kernel_folder() == tmp_path / "ours" / f"numba-{quants._source_hash()}"
     monkeypatch.delenv("RGPU_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert quants.cache_dir() == tmp_path / "xdg" / "rgpu"
+    assert quants._kernel_folder().parent == tmp_path / "xdg" / "rgpu"
+
+
+def test_kernels_of_old_sources_are_deleted_and_recent_ones_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("RGPU_CACHE_DIR", str(tmp_path))
+    for name in ("numba-old", "numba-new", "history"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / "numba-old", (1e9, 1e9))
+    os.utime(tmp_path / "history", (1e9, 1e9))
+    folder = quants._kernel_folder()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["history", "numba-new", folder.name])
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("RGPU_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="compiled at every start.*RGPU_CACHE_DIR"):
+        folder = quants._kernel_folder()
+    assert folder.is_dir() and tmp_path not in folder.parents
+    folder.rmdir()
 
 
 def test_any_edit_changes_the_cache_folder(monkeypatch, tmp_path):

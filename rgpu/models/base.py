@@ -31,6 +31,7 @@ class T:
     optional: bool = False
     mtp: bool = False  # belongs to the multi-token-prediction block: converted, not run
     matrix: bool | None = None  # multiplied in its stored type; else small, and used as float32 values
+    alias: str = ""  # what other writers call it
 
     @property
     def is_matrix(self) -> bool:
@@ -193,11 +194,12 @@ def check(table: list[T], found: Mapping[str, tuple[int, ...]], arch: str) -> No
     """Compare the file's shapes with the table; UnsupportedModel lists every missing and misshapen tensor at once."""
     problems = []
     for t in table:
-        if t.name not in found:
+        shape = found.get(t.name, found.get(t.alias))
+        if shape is None:
             if not (t.optional or t.mtp):
                 problems.append(f"{t.name} is missing (needs {list(t.shape)})")
-        elif _squeezed(found[t.name]) != _squeezed(t.shape):
-            problems.append(f"{t.name} is {list(found[t.name])}, needs {list(t.shape)}")
+        elif _squeezed(shape) != _squeezed(t.shape):
+            problems.append(f"{t.name} is {list(shape)}, needs {list(t.shape)}")
     if problems:
         more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UnsupportedModel(f"{len(problems)} tensors do not fit {arch}: " + "; ".join(problems[:8]) + more)

@@ -117,7 +117,7 @@ class Qwen35Moe(Model):
             T(b + "ssm_alpha.weight", (e.n_v_head, hp.n_embd), net + "in_proj_a.weight", heads(0)),
             T(b + "ssm_conv1d.weight", (channels, e.n_conv), net + "conv1d.weight", conv, matrix=False),
             T(b + "ssm_a", (e.n_v_head,), net + "A_log", lambda x: _v_heads(-np.exp(x), 0, e.n_k_head, 1, 0)),
-            T(b + "ssm_dt.bias", (e.n_v_head,), net + "dt_bias", heads(0)),
+            T(b + "ssm_dt.bias", (e.n_v_head,), net + "dt_bias", heads(0), alias=b + "ssm_dt"),
             T(b + "ssm_norm.weight", (e.n_embd_v,), net + "norm.weight"),
             T(b + "ssm_out.weight", (hp.n_embd, n_value), net + "out_proj.weight", heads(1, e.n_embd_v)),
         ]

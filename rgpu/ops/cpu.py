@@ -9,7 +9,6 @@ from ..kernels import attention, elementwise, matmul, recurrent
 from ..quants import TYPES
 from . import check
 
-
 SMALL = 1 << 17  # multiply-adds that one thread does in the time it takes to call the others
 
 

@@ -7,33 +7,50 @@ becomes a kernel per type (`blocks.dot` and friends). Nothing outside this folde
 
 import hashlib
 import importlib
-import os
 import pkgutil
+import shutil
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
 import numba
 
+from ..cache import cache_dir
+
 PACKAGE = Path(__file__).parent.parent
-
-
-def cache_dir() -> Path:
-    """The folder that keeps compiled kernels: `RGPU_CACHE_DIR`, or `rgpu` in the user's cache directory."""
-    if root := os.environ.get("RGPU_CACHE_DIR"):
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rgpu"
+STALE = 30 * 86400  # seconds without a start after which kernels of other sources are deleted
 
 
 def _source_hash() -> str:
     """Digest of all that gets compiled: Numba's own cache does not notice an edit in an imported file."""
     digest = hashlib.sha256()
-    for folder in (PACKAGE / "quants", PACKAGE / "kernels", PACKAGE.parent / "convert"):
-        for path in sorted(folder.glob("*.py")):
+    for pattern in ("rgpu/quants/*.py", "rgpu/kernels/*.py", "convert/quantize.py"):
+        for path in sorted(PACKAGE.parent.glob(pattern)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def _kernel_folder() -> Path:
+    """Where kernels of these very sources are kept; a folder of this process alone, with a warning, if that can't be written."""
+    folder = cache_dir() / f"numba-{_source_hash()}"
+    try:
+        new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        warnings.warn(f"kernels will be compiled at every start ({error}): set RGPU_CACHE_DIR to a writable folder", stacklevel=2)
+        return Path(tempfile.mkdtemp(prefix="rgpu-"))
+    if new:
+        for other in folder.parent.glob("numba-*"):
+            if time.time() - other.stat().st_mtime > STALE:
+                shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
 # Before any kernel is decorated: Numba fixes a function's cache folder at that moment.
-numba.config.CACHE_DIR = str(cache_dir() / f"numba-{_source_hash()}")
+numba.config.CACHE_DIR = str(_kernel_folder())
 
 from .blocks import dot, pack, unpack  # noqa: E402 (the types below and every kernel need the folder set first)
 
@@ -49,4 +66,4 @@ def _discover() -> dict[str, tuple]:
 
 TYPES = _discover()  # "Q4_K" -> Q4_K()
 
-__all__ = ["TYPES", "cache_dir", "dot", "pack", "unpack"]
+__all__ = ["TYPES", "dot", "pack", "unpack"]
