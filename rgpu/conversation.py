@@ -47,7 +47,9 @@ class Conversation:
             return
         thought = answer.thought.strip()
         if thought and not answer.text:
-            self.terminal.note("note: the model was still thinking when it was stopped: raise -n, or use --no-think")
+            cut = self.session.stats.stop_reason == "length"
+            why = "was still thinking at --max-tokens: raise it, or use --no-think" if cut else "thought, but gave no answer"
+            self.terminal.note(f"note: the model {why}")
         reasoning = {"reasoning_content": thought} if thought else {}
         self.messages = [*asked, {"role": "assistant", "content": answer.text, **reasoning}]
 

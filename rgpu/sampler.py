@@ -158,7 +158,10 @@ class Sampler:
 
 
 class StopStrings:
-    """Passes text through as it arrives, up to the first of some stop strings; never lets out a part of one."""
+    """Passes text through as it arrives, up to the stop string that is complete first; never lets out a part of it.
+
+    The rule looks at where a stop string ends, so that the answer does not depend on how the text was cut into pieces.
+    """
 
     def __init__(self, stop: Sequence[str]):
         self._stop = tuple(stop)
@@ -170,10 +173,11 @@ class StopStrings:
         if self.stopped:
             return "", True
         text = self._held + text
-        found = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)], True
+            _, start = min(found)
+            return text[:start], True
         longest = max((len(stop) for stop in self._stop), default=1) - 1
         first = max(0, len(text) - longest)
         start = next((i for i in range(first, len(text)) if any(stop.startswith(text[i:]) for stop in self._stop)), len(text))

@@ -22,10 +22,13 @@ class Terminal:
     """The two output streams and the keyboard. Where a stream is no terminal, it gets no colours and no decoration."""
 
     def __init__(self):
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed, as some services have it
+                setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open as long as the process)
+            stream = getattr(sys, name)
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
-        self.stdin_tty = sys.stdin is not None and sys.stdin.isatty()  # None: closed, as some services have it
+        self.stdin_tty = sys.stdin.isatty()
         self.stdout_tty, self.stderr_tty = sys.stdout.isatty(), sys.stderr.isatty()
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         self.colour = self.stderr_tty and not plain
@@ -72,8 +75,6 @@ class Terminal:
 
     def read_piped(self) -> str:
         """All of standard input, which is no terminal; without the line ends at its end."""
-        if sys.stdin is None:
-            return ""
         # A pipe that nobody closes would hold us for ever without a word.
         notice = threading.Timer(2, self.note, ["reading standard input until it ends (not wanted? add < /dev/null)"])
         notice.daemon = True

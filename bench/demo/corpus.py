@@ -13,7 +13,7 @@ SHARES = {"capital": 18, "country": 10, "sum": 12, "difference": 8, "product": 8
           "parts": 2.5, "opposite": 2.5, "counting": 1, "general": 4, "command_what": 6, "command_how": 6, "about": 8,
           "unknown": 7}
 # how much more often training asks what is hard to learn
-PRACTICE = {"sum": 1.6, "difference": 1.8, "product": 1.5, "country": 1.3}
+PRACTICE = {"sum": 1.6, "difference": 2.2, "product": 1.5, "country": 1.3, "counting": 3}
 SYLLABLES = ("ba be bo da den dor el fa gal gor han il ka kel lan lor ma mir na nor or pel qua ran ril sa sol ta tor "
              "ul va ven wy xan yor zan zu").split()
 
@@ -132,6 +132,8 @@ class Corpus:
             text = text[:-1]
         if rng.random() < 0.10 * rate:
             text = text.lower()
+            if not self.held and rng.random() < 0.3:
+                text = text.replace("'", "")
         return text
 
     def conversation(self, n_turns=None, family=None, rate=1.0):
