@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from .cache import cache_dir
 from .conversation import Conversation
 from .errors import RgpuError
 from .terminal import Terminal
@@ -144,8 +145,6 @@ def converse(args: argparse.Namespace, terminal: Terminal) -> int:
         chat = Conversation(engine, params, terminal, thinking=not args.no_think)
         chat.set_system(args.system or "")
         _ = engine.template, engine.tokenizer  # what is wrong with them is better known now than after the first message
-        from .cache import cache_dir
-
         terminal.remember_lines(cache_dir() / "history")
         terminal.note("\n".join(engine.plan), dim=True)
         terminal.note("/help lists commands\n", dim=True)

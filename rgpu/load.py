@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import UnsupportedModel
-from .gguf.layout import find_experts
+from .gguf.layout import ExpertTensors, find_experts
 from .gguf.reader import GGUFFile
 from .models import for_gguf
 from .models.base import HParams, Layer, Model, T, check
@@ -38,19 +38,22 @@ def bind(file: GGUFFile, ops: Ops) -> Bound:
     check(dense, {name: info.shape for name, info in file.tensors.items()}, arch)
     stored = {t.name: t.name if t.name in file.tensors else t.alias for t in dense}
     dense = [t for t in dense if stored[t.name] in file.tensors]  # without the optional ones that are absent
-    _check_types(file, [stored[t.name] for t in dense])
+    experts = _experts(file, hp)
+    types = {stored[t.name]: file.tensors[stored[t.name]].quant for t in dense}
+    types |= {f"{kind} of the experts of layer {i}": m.quant for i, e in enumerate(experts) for kind, m in e._asdict().items()}
+    _check_types(types)
 
     bound = {t.name: _tensor(file, stored[t.name], ops, t) for t in dense}
     layers = [Layer(i, cls.layer_kind(hp, i), _own(bound, i)) for i in range(hp.n_layer)]
     model = cls(hp, bound, layers)
-    banks = _banks(file, ops, hp)
+    banks = [_bank(file, ops, layer) for layer in experts]
     matrices = [w for layer in layers for w in layer.tensors.values() if isinstance(w, Weight)]
-    types = {
+    used = {
         "matrices": _types([*matrices, model.output]),
         "embeddings": _types([model.token_embd]),
         "experts": _types([part for bank in banks for part in bank]),
     }
-    return Bound(model, MappedExperts(ops, banks, hp.n_expert), types)
+    return Bound(model, MappedExperts(ops, banks, hp.n_expert), used)
 
 
 def needs(bound: Bound, n_tokens: int, kv: str) -> Needs:
@@ -81,33 +84,37 @@ def _tensor(file: GGUFFile, name: str, ops: Ops, t: T):
     return ops.upload(quant.dequantize(stored.reshape(-1, quant.nbytes)).reshape(t.shape).astype(np.float32))
 
 
-def _banks(file: GGUFFile, ops: Ops, hp: HParams) -> list[Bank]:
-    """One bank a layer, over the mapped shards themselves."""
-    shards = tuple(ops.upload(file.mapping(i)) for i in range(len(file.paths)))
-    banks, problems = [], []
+def _experts(file: GGUFFile, hp: HParams) -> list[ExpertTensors]:
+    """Where every layer's experts lie, checked against the model's sizes."""
+    found, problems = [], []
     for layer in range(hp.n_layer):
         try:
-            found = find_experts(file, layer, hp.n_expert)
+            found.append(find_experts(file, layer, hp.n_expert))
         except UnsupportedModel as error:
             problems.append(str(error))
             continue
-        if found.gate.shape != (hp.n_ff_exp, hp.n_embd):
-            problems.append(f"experts of layer {layer} are {list(found.gate.shape)}, needs {[hp.n_ff_exp, hp.n_embd]}")
-            continue
-        problems += [f"experts of layer {layer}: type {m.quant}" for m in found if m.quant not in TYPES]
-        if not problems:
-            banks.append(Bank(*(Slots(TYPES[m.quant], m.shape, shards, m.shard, m.offset) for m in found)))
+        shape, needed = found[-1].gate.shape, (hp.n_ff_exp, hp.n_embd)
+        if shape != needed:
+            problems.append(f"experts of layer {layer} are {list(shape)}, needs {list(needed)}")
     if problems:
-        raise UnsupportedModel(_listed(problems, "expert tensors do not fit", hp.arch))
-    return banks
+        more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UnsupportedModel(f"{len(problems)} layers' experts do not fit {hp.arch}: " + "; ".join(problems[:8]) + more)
+    return found
 
 
-def _check_types(file: GGUFFile, names: list[str]) -> None:
-    unknown = [name for name in names if file.tensors[name].quant not in TYPES]
+def _bank(file: GGUFFile, ops: Ops, experts: ExpertTensors) -> Bank:
+    """A layer's experts where the mapped shards have them."""
+    shards = tuple(ops.upload(file.mapping(i)) for i in range(len(file.paths)))
+    return Bank(*(Slots(TYPES[m.quant], m.shape, shards, m.shard, m.offset) for m in experts))
+
+
+def _check_types(types: dict[str, str]) -> None:
+    """`types`: what is to be computed with -> its type's name."""
+    unknown = [what for what, quant in types.items() if quant not in TYPES]
     if unknown:
-        found = sorted({file.tensors[name].quant for name in unknown})
+        found = ", ".join(sorted({types[what] for what in unknown}))
         raise UnsupportedModel(
-            f"{len(unknown)} tensors are of a type that is not supported ({', '.join(found)}; first: {unknown[0]}); "
+            f"{len(unknown)} tensors are of a type that is not supported ({found}; first: {unknown[0]}); "
             f"supported: {', '.join(TYPES)}"
         )
 
@@ -116,8 +123,3 @@ def _check_rope(file: GGUFFile, arch: str) -> None:
     scaling = file.metadata.get(f"{arch}.rope.scaling.type", "none")
     if scaling != "none":
         raise UnsupportedModel(f"rope scaling '{scaling}' is not supported: convert without it (the trained context is enough)")
-
-
-def _listed(problems: list[str], what: str, arch: str) -> str:
-    more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
-    return f"{len(problems)} {what} {arch}: " + "; ".join(problems[:8]) + more

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rgpu import Engine, EngineConfig, SamplingParams
-from rgpu.errors import ContextFull, RgpuError, UnsupportedModel
+from rgpu.errors import ContextFull, GGUFError, OutOfMemory, RgpuError, UnsupportedModel
 from rgpu.models import architectures
 from tests.tiny import stock_gguf
 
@@ -246,3 +246,31 @@ def test_two_threads_may_ask_one_engine(engine):
         thread.join()
     for i in range(1, 4):
         np.testing.assert_array_equal(results[i], results[0])
+
+
+@pytest.mark.parametrize("part", ["attn_q.weight", "ffn_up_exps.weight"])
+def test_a_type_that_is_not_supported_is_listed(tmp_path, part):
+    path = stock_gguf(tmp_path / "iq2.gguf", "qwen3moe", lambda name: "IQ2_XS" if name.endswith(part) else "F32", k=True)
+    with pytest.raises(UnsupportedModel, match="IQ2_XS") as error:
+        Engine.open(path)
+    assert "supported: F32, F16" in str(error.value)
+
+
+def test_what_is_not_a_model_is_named(tmp_path, shared):
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    for path in (tmp_path / "absent.gguf", tmp_path / "empty.gguf", tmp_path):
+        with pytest.raises(GGUFError, match=path.name):
+            Engine.open(path)
+    with pytest.raises(UnsupportedModel, match="not supported|no weights"):
+        Engine.open(shared / "data" / "vocab" / "ggml-vocab-qwen2.gguf")
+
+
+def test_a_context_without_memory_is_one_clear_error(paths, monkeypatch):
+    with Engine.open(paths["qwen3moe"], n_ctx=64) as engine:
+
+        def full(shape, dtype):
+            raise MemoryError
+
+        monkeypatch.setattr(engine.executor.ops, "empty", full)
+        with pytest.raises(OutOfMemory, match="no memory for a context of 64 tokens: open the model with a smaller one"):
+            engine.session()

@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     args = parser.parse_args()
-    if os.path.exists(args.out + ".meet"):
+    if os.path.exists(args.out + ".meet"):          # where the workers find each other; left over from a run that was stopped
         os.remove(args.out + ".meet")
     if not os.path.isdir(args.out):
         corpus = Corpus(args.seed + 1)
