@@ -80,7 +80,7 @@ class Conversation:
 
     def statistics(self) -> dict:
         """The last answer in numbers, as --json prints them. Times in seconds; the memory's peak includes mapped pages."""
-        stats, metadata = self.session.stats, self.engine.file.metadata
+        stats = self.session.stats
         return {
             "prompt_tokens": stats.prompt_tokens,
             "reused_tokens": stats.reused_tokens,
@@ -90,8 +90,8 @@ class Conversation:
             "decode_tok_s": round(stats.decode_tok_s, 2),
             "peak_memory_bytes": peak_memory(),
             "stop_reason": "interrupt" if self.interrupted else stats.stop_reason,
-            "model": metadata.get("general.name") or Path(self.engine.config.path).stem,
-            "device": self.engine.executor.ops.name,
+            "model": self.engine.name,
+            "device": self.engine.device,
         }
 
     def summary(self) -> str:

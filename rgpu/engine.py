@@ -125,6 +125,16 @@ class Engine:
         return Session(self, state)
 
     @property
+    def name(self) -> str:
+        """What the file calls the model, else the file's name."""
+        return self.file.metadata.get("general.name") or Path(self.config.path).stem
+
+    @property
+    def device(self) -> str:
+        """The backend that was chosen."""
+        return self.executor.ops.name
+
+    @property
     def plan(self) -> list[str]:
         """What was decided, line by line: model, where each class of bytes lives, context."""
         hp, ops, model = self.hparams, self.executor.ops, self.executor.model
@@ -134,10 +144,9 @@ class Engine:
         attention = sum(layer.kind == "attention" for layer in model.layers)
         row = hp.n_embd_head_k // self.kv.block * self.kv.nbytes + hp.n_embd_head_v // self.kv.block * self.kv.nbytes
         types = ", ".join(sorted(self.types["experts"] | self.types["matrices"]))
-        name = self.file.metadata.get("general.name") or Path(self.config.path).stem
         threads = f", {ops.threads} threads" if hasattr(ops, "threads") else ""
         return [
-            f"model    {name}: {hp.arch}, {hp.n_layer} layers ({attention} with attention), {types}",
+            f"model    {self.name}: {hp.arch}, {hp.n_layer} layers ({attention} with attention), {types}",
             f"device   {ops.name}{threads}",
             f"experts  {_size(sizes['experts'])} read in place from the mapped file: {hp.n_layer} layers x {hp.n_expert}, "
             f"{hp.n_expert_used} used per token",

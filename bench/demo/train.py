@@ -169,7 +169,8 @@ def work(rank, args):
         if rank == 0 and len(total) >= 25 * SYNC:
             mean = [sum(column) / len(column) for column in zip(*total)]
             print(f"step {step} {elapsed / 60:.1f} min answer loss {mean[0]:.4f} balance {mean[1]:.3f} "
-                  f"lr {args.lr * rate(progress):.2e} {seen / 1e6:.2f} M tokens {len(total) / (time.time() - shown):.2f} steps/s", flush=True)
+                  f"lr {args.lr * rate(progress):.2e} {seen / 1e6:.2f} M tokens "
+                  f"{len(total) / (time.time() - shown):.2f} steps/s", flush=True)
             total, shown = [], time.time()
         if rank == 0 and time.time() - saved > 300:
             save(args.out, model, tokenizer, optimizer, elapsed=elapsed, step=step, seen=seen)

@@ -6,6 +6,7 @@ types a model needs, before the first token; a call with anything else is an err
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 
 # Threads that meet at the end of a parallel loop spin for some microseconds, then sleep. GNU OpenMP's default is to spin for
@@ -72,6 +73,11 @@ class _Announce(event.Listener):
         pass
 
 
+_threads = threading.local()  # what Numba was told last: telling it takes 4 microseconds, a quarter of a small kernel
+
+
 def set_threads(n: int) -> None:
     """How many threads the kernels of the calling thread use; at most the number Numba started with."""
-    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    if getattr(_threads, "n", 0) != n:
+        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+        _threads.n = n

@@ -56,11 +56,17 @@ class CpuOps:
         typed = [(matmul.matmul, needs.matrices | needs.experts), (e.embed, needs.embeddings),
                  (e.store_kv, {needs.kv}), (attention.attention, {needs.kv})]  # fmt: skip
         kernels.build([(k,) for k in plain] + [(k, TYPES[name]) for k, names in typed for name in sorted(names)], progress)
-        self.starts, self.order = np.zeros(needs.n_expert + 1, np.int32), np.zeros(pairs, np.int32)
-        self.gates, self.ups = np.zeros((pairs, needs.n_ff_exp), np.float32), np.zeros((pairs, needs.n_ff_exp), np.float32)
-        self.only, self.slot = np.zeros(1, np.int64), np.zeros(1, np.int32)
-        self.all, self.each = np.zeros(2, np.int32), np.arange(max(needs.n_tokens, 16), dtype=np.int32)
-        self.downs = np.zeros((pairs, needs.n_embd), np.float32)
+        # Scratch of the products, and its addresses: asking an array for its address takes a microsecond.
+        int32, float32 = np.int32, np.float32
+        self.weight, self.counts = np.zeros(1, np.int64), np.zeros(2, int32)
+        self.gates, self.ups = np.zeros((pairs, needs.n_ff_exp), float32), np.zeros((pairs, needs.n_ff_exp), float32)
+        self.downs = np.zeros((pairs, needs.n_embd), float32)
+        lists = np.zeros(needs.n_expert + 1, int32), np.zeros(pairs, int32)
+        single = np.zeros(1, int32), np.arange(needs.n_tokens, dtype=int32)
+        self.kept = lists, single  # alive as long as their addresses are
+        self.starts, self.order = map(at, lists)
+        self.only, self.each = map(at, single)  # the table and the order of a plain product: one expert, in slot 0
+        self.weight_at, self.counts_at = at(self.weight), at(self.counts)
 
     def empty(self, shape, dtype):
         return np.zeros(shape, dtype)
@@ -89,9 +95,9 @@ class CpuOps:
         rows, cols = weight.shape
         assert x.shape == (out.shape[0], cols) and out.shape[1] == rows
         # One expert in slot 0, to which every token goes.
-        self.only[0], self.all[1] = weight.address, len(x)
+        self.weight[0], self.counts[1] = weight.address, len(x)
         matmul.matmul(
-            weight.quant, at(out), at(self.only), weight.row_bytes, at(self.slot), at(self.all), at(self.each), at(x),
+            weight.quant, at(out), self.weight_at, weight.row_bytes, self.only, self.counts_at, self.each, at(x),
             1, 1, rows, cols, self.parts(len(x) * rows * cols),
         )  # fmt: skip
 
@@ -155,14 +161,13 @@ class CpuOps:
     def expert_ffn(self, out, x, bank, table, ids, weights):
         n, k = ids.shape
         pairs, n_expert = n * k, len(table)
-        starts, order = at(self.starts), at(self.order)
-        gates, ups, downs = self.gates[:pairs], self.ups[:pairs], self.downs[:pairs]
-        elementwise.group_by_expert(starts, order, at(ids), pairs, n_expert)
-        for part, y, source, shared_by in ((bank.gate, gates, x, k), (bank.up, ups, x, k), (bank.down, downs, gates, 1)):
+        gates, ups, downs, chosen, slots = at(self.gates), at(self.ups), at(self.downs), at(ids), at(table)
+        elementwise.group_by_expert(self.starts, self.order, chosen, pairs, n_expert)
+        for part, y, source, shared_by in ((bank.gate, gates, at(x), k), (bank.up, ups, at(x), k), (bank.down, downs, gates, 1)):
             if part is bank.down:
-                elementwise.swiglu(at(gates), at(gates), at(ups), gates.size)
+                elementwise.swiglu(gates, gates, ups, pairs * part.shape[1])
             matmul.matmul(
-                part.quant, at(y), at(part.addresses), part.row_bytes, at(table), starts, order, at(source),
+                part.quant, y, at(part.addresses), part.row_bytes, slots, self.starts, self.order, source,
                 n_expert, shared_by, *part.shape, self.parts(pairs * part.shape[0] * part.shape[1]),
             )  # fmt: skip
-        elementwise.combine(at(out), at(downs), at(weights), at(ids), at(table), order, pairs, k, out.shape[1])
+        elementwise.combine(at(out), downs, at(weights), chosen, slots, self.order, pairs, k, out.shape[1])
