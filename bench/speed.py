@@ -90,8 +90,12 @@ def measure(runners: list, test, n: int, rounds: int) -> list[float]:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+    """The commit that is measured; "unknown" outside a clone."""
+    try:
+        git = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def machine() -> str:

@@ -11,7 +11,7 @@ from . import check
 
 
 def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+    return 1 / (1 + np.exp(np.minimum(-x, np.float32(88))))  # e**88 is the largest that float32 holds
 
 
 def dequantize(weight):
