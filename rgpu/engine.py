@@ -13,6 +13,7 @@ from pathlib import Path
 from . import load
 from .errors import OutOfMemory, RgpuError, UnsupportedModel
 from .executor import Executor
+from .gguf import names
 from .gguf.reader import GGUFFile
 from .ops import BACKENDS, Ops
 from .quants import TYPES
@@ -116,13 +117,17 @@ class Engine:
 
     def session(self) -> Session:
         """A new, empty timeline; sessions share the engine and don't disturb each other."""
-        if self.executor is None:
-            raise RgpuError("the engine is closed")
+        executor = self._opened()
         try:
-            state = State(self.executor.model, self.executor.ops, self.kv, self.n_ctx)
+            state = State(executor.model, executor.ops, self.kv, self.n_ctx)
         except MemoryError:
             raise OutOfMemory(f"no memory for a context of {self.n_ctx} tokens: open the model with a smaller one") from None
         return Session(self, state)
+
+    def _opened(self) -> Executor:
+        if self.executor is None:
+            raise RgpuError("the engine is closed")
+        return self.executor
 
     @property
     def name(self) -> str:
@@ -132,15 +137,17 @@ class Engine:
     @property
     def device(self) -> str:
         """The backend that was chosen."""
-        return self.executor.ops.name
+        return self._opened().ops.name
 
     @property
     def plan(self) -> list[str]:
         """What was decided, line by line: model, where each class of bytes lives, context."""
-        hp, ops, model = self.hparams, self.executor.ops, self.executor.model
+        hp, ops, model = self.hparams, self._opened().ops, self._opened().model
         sizes = {"experts": 0, "dense": 0}
-        for name, info in self.file.tensors.items():
-            sizes["experts" if name.startswith("blk.") and _is_expert(name) else "dense"] += info.nbytes
+        for tensor, info in self.file.tensors.items():
+            block = names.parse_block(tensor)
+            if block is None or block[0] < hp.n_layer:  # the block of multi-token prediction is not read
+                sizes["experts" if names.is_expert(tensor) else "dense"] += info.nbytes
         attention = sum(layer.kind == "attention" for layer in model.layers)
         row = hp.n_embd_head_k // self.kv.block * self.kv.nbytes + hp.n_embd_head_v // self.kv.block * self.kv.nbytes
         types = ", ".join(sorted(self.types["experts"] | self.types["matrices"]))
@@ -164,12 +171,6 @@ def _backend(config: EngineConfig) -> Ops:
     from .ops.cpu import CpuOps
 
     return CpuOps(config.threads)
-
-
-def _is_expert(name: str) -> bool:
-    """Routed experts in any of their forms: ffn_gate_exps, ffn_gate_up_exps, ffn_gate.7."""
-    part = name.split(".")
-    return part[2].endswith("_exps") or (part[2] in ("ffn_gate", "ffn_up", "ffn_down") and part[3].isdigit())
 
 
 def _size(nbytes: int) -> str:

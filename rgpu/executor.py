@@ -48,6 +48,8 @@ class Run:
 class Executor:
     """One model on one backend. `trace(layer, "mix" | "ffn" | "out", array [n, n_embd])` sees a branch's output, or x."""
 
+    lock = threading.RLock()  # one for the process: the pool of threads below serves one caller at a time
+
     def __init__(self, model: Model, ops: Ops, experts, n_batch: int):
         hp = model.hp
         self.model, self.ops, self.experts = model, ops, experts
@@ -55,18 +57,26 @@ class Executor:
         exponents = np.arange(0, hp.n_rot, 2) / hp.n_rot
         self.rope_freqs = ops.upload((hp.rope_freq_base**-exponents).astype(np.float32))
         self.trace: Callable[[int, str, np.ndarray], None] | None = None
-        self.lock = threading.RLock()
+        self.running = False
 
     def forward(self, state: State, tokens: Sequence[int], all: bool = False) -> np.ndarray:
         """Append `tokens` to the session; float32 logits [n_vocab] after the last one, or [n_tokens, n_vocab]."""
+        assert state.n_past + len(tokens) <= state.n_ctx, "kernels write by address"
         with self.lock:
-            rows = []
-            for start in range(0, len(tokens), self.workspace.n_tokens):
-                chunk = tokens[start : start + self.workspace.n_tokens]
-                last = start + len(chunk) == len(tokens)
-                n_logits = len(chunk) if all else int(last)
-                rows += self._chunk(state, chunk, n_logits)
-            return np.concatenate(rows) if all else rows[0][-1]
+            assert not self.running, "a trace must not start another forward in the same workspace"
+            self.running = True
+            try:
+                return self._forward(state, tokens, all)
+            finally:
+                self.running = False
+
+    def _forward(self, state: State, tokens: Sequence[int], all: bool) -> np.ndarray:
+        rows = []
+        for start in range(0, len(tokens), self.workspace.n_tokens):
+            chunk = tokens[start : start + self.workspace.n_tokens]
+            last = start + len(chunk) == len(tokens)
+            rows += self._chunk(state, chunk, len(chunk) if all else int(last))
+        return np.concatenate(rows) if all else rows[0][-1]
 
     def _chunk(self, state: State, chunk: Sequence[int], n_logits: int) -> list[np.ndarray]:
         """Run up to n_batch tokens; logits of the last `n_logits`, in pieces of LOGIT_ROWS."""

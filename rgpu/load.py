@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import UnsupportedModel
+from .gguf import names
 from .gguf.layout import ExpertTensors, find_experts
 from .gguf.reader import GGUFFile
 from .models import for_gguf
-from .models.base import HParams, Layer, Model, T, check
+from .models.base import HParams, Layer, Model, T, misfits
 from .ops import Bank, Needs, Ops, Slots, Weight
 from .quants import TYPES
 from .residency.experts import MappedExperts
@@ -24,24 +25,30 @@ class Bound:
 
 
 def bind(file: GGUFFile, ops: Ops) -> Bound:
-    """Bind a GGUF to its architecture; UnsupportedModel names all that is missing, misshapen or of an unknown type."""
+    """Bind a GGUF to its architecture; UnsupportedModel names all that is missing, misshapen, unknown or of an unknown type."""
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise UnsupportedModel(f"{file.path} has no general.architecture: it is not a model (a vocabulary or projector file?)")
     cls = for_gguf(arch)
     if "token_embd.weight" not in file.tensors:
         raise UnsupportedModel(f"{file.path} has no token_embd.weight: it holds no weights (only a vocabulary?)")
-    _check_rope(file, arch)
     hp = cls.hparams(file.metadata, file.tensors["token_embd.weight"].shape[0])
+    if hp.n_layer > len(file.tensors):
+        raise UnsupportedModel(f"{file.path} claims {hp.n_layer} layers, but holds {len(file.tensors)} tensors")
     table = [t for t in cls.tensors(hp) if not t.mtp]
     dense = [t for t in table if not t.experts]
-    check(dense, {name: info.shape for name, info in file.tensors.items()}, arch)
+    problems = [*_settings(file, arch), *misfits(dense, {name: info.shape for name, info in file.tensors.items()})]
+    experts = _experts(file, hp, problems)
+    problems += _strangers(file, table, hp)
     stored = {t.name: t.name if t.name in file.tensors else t.alias for t in dense}
     dense = [t for t in dense if stored[t.name] in file.tensors]  # without the optional ones that are absent
-    experts = _experts(file, hp)
     types = {stored[t.name]: file.tensors[stored[t.name]].quant for t in dense}
     types |= {f"{kind} of the experts of layer {i}": m.quant for i, e in enumerate(experts) for kind, m in e._asdict().items()}
-    _check_types(types)
+    problems += _types_beyond(types)
+    if problems:
+        more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
+        plural = "problem" if len(problems) == 1 else "problems"
+        raise UnsupportedModel(f"{file.path} does not fit {arch}, {len(problems)} {plural}: " + "; ".join(problems[:8]) + more)
 
     bound = {t.name: _tensor(file, stored[t.name], ops, t) for t in dense}
     layers = [Layer(i, cls.layer_kind(hp, i), _own(bound, i)) for i in range(hp.n_layer)]
@@ -84,9 +91,18 @@ def _tensor(file: GGUFFile, name: str, ops: Ops, t: T):
     return ops.upload(quant.dequantize(stored.reshape(-1, quant.nbytes)).reshape(t.shape).astype(np.float32))
 
 
-def _experts(file: GGUFFile, hp: HParams) -> list[ExpertTensors]:
+def _bank(file: GGUFFile, ops: Ops, experts: ExpertTensors) -> Bank:
+    """A layer's experts where the mapped shards have them."""
+    shards = tuple(ops.upload(file.mapping(i)) for i in range(len(file.paths)))
+    return Bank(*(Slots(TYPES[m.quant], m.shape, shards, m.shard, m.offset) for m in experts))
+
+
+# ---- what can be wrong with a file: each of these adds texts to one list ----
+
+
+def _experts(file: GGUFFile, hp: HParams, problems: list[str]) -> list[ExpertTensors]:
     """Where every layer's experts lie, checked against the model's sizes."""
-    found, problems = [], []
+    found = []
     for layer in range(hp.n_layer):
         try:
             found.append(find_experts(file, layer, hp.n_expert))
@@ -96,30 +112,38 @@ def _experts(file: GGUFFile, hp: HParams) -> list[ExpertTensors]:
         shape, needed = found[-1].gate.shape, (hp.n_ff_exp, hp.n_embd)
         if shape != needed:
             problems.append(f"experts of layer {layer} are {list(shape)}, needs {list(needed)}")
-    if problems:
-        more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UnsupportedModel(f"{len(problems)} layers' experts do not fit {hp.arch}: " + "; ".join(problems[:8]) + more)
     return found
 
 
-def _bank(file: GGUFFile, ops: Ops, experts: ExpertTensors) -> Bank:
-    """A layer's experts where the mapped shards have them."""
-    shards = tuple(ops.upload(file.mapping(i)) for i in range(len(file.paths)))
-    return Bank(*(Slots(TYPES[m.quant], m.shape, shards, m.shard, m.offset) for m in experts))
-
-
-def _check_types(types: dict[str, str]) -> None:
+def _types_beyond(types: dict[str, str]) -> list[str]:
     """`types`: what is to be computed with -> its type's name."""
     unknown = [what for what, quant in types.items() if quant not in TYPES]
-    if unknown:
-        found = ", ".join(sorted({types[what] for what in unknown}))
-        raise UnsupportedModel(
-            f"{len(unknown)} tensors are of a type that is not supported ({found}; first: {unknown[0]}); "
-            f"supported: {', '.join(TYPES)}"
-        )
+    if not unknown:
+        return []
+    found = ", ".join(sorted({types[what] for what in unknown}))
+    return [f"{len(unknown)} tensors are of type {found} (first: {unknown[0]}); supported: {', '.join(TYPES)}"]
 
 
-def _check_rope(file: GGUFFile, arch: str) -> None:
-    scaling = file.metadata.get(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise UnsupportedModel(f"rope scaling '{scaling}' is not supported: convert without it (the trained context is enough)")
+def _settings(file: GGUFFile, arch: str) -> list[str]:
+    """Keys that would change the result and are not computed."""
+    plain = {
+        "rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1),
+        "expert_weights_scale": (0, 1), "expert_weights_norm": (True,),
+    }  # fmt: skip
+    found = {f"{arch}.{key}": values for key, values in plain.items() if f"{arch}.{key}" in file.metadata}
+    return [f"{key} = {file.metadata[key]!r} is not computed" for key, ok in found.items() if file.metadata[key] not in ok]
+
+
+def _strangers(file: GGUFFile, table: list[T], hp: HParams) -> list[str]:
+    """Tensors that the architecture does not know: a bias left out gives wrong answers without an error.
+
+    Parts of other models in the same file (vision, a projector) and the blocks of multi-token prediction are left alone.
+    """
+    known = {name for t in table for name in (t.name, t.alias)}
+    strangers = []
+    for name in file.tensors:
+        block = names.parse_block(name)
+        beyond = name.startswith(("v.", "mm.", "mtp.")) or (block and hp.n_layer <= block[0] < hp.n_layer + hp.n_layer_nextn)
+        if name not in known and not beyond and not names.is_expert(name):
+            strangers.append(name)
+    return [f"{name} is not known" for name in strangers]

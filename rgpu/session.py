@@ -22,6 +22,7 @@ MAX_SNAPSHOTS = 4  # the first (a system prompt that survives a reset) and the l
 class Piece:
     """A piece of an answer. One token gives one piece, whose text may be empty while a character is incomplete.
 
+    Text that was held back at the end (it might have begun a stop string) comes as a last piece with token -1.
     `logprob` and `top_logprobs` (token id, log-probability) are given when SamplingParams.logprobs asks for them.
     """
 
@@ -61,6 +62,7 @@ class Session:
         self.tokens: list[int] = []
         self.snapshots: list[Snapshot] = []
         self.stats = Stats()
+        self._answer: object | None = None  # the answer that may go on
 
     # ---- tokens in, logits out ----
 
@@ -71,14 +73,14 @@ class Session:
         broken off (Ctrl-C, an error) leaves the session at its latest snapshot.
         """
         tokens = [int(token) for token in tokens]
-        self._check(tokens)
+        self._check(tokens, len(self.tokens))
         try:
             logits = self.engine.executor.forward(self.state, tokens, all)
+            self.tokens += tokens
         except BaseException:
-            # Recurrent layers may have moved on by a part of the step: only a snapshot is known to be whole.
-            self._cut(self.state.n_past, torn=True)
+            # Some chunks are in the state, perhaps a part of one: what the session knows, or its latest snapshot, is whole.
+            self._cut(len(self.tokens), torn=True)
             raise
-        self.tokens += tokens
         return logits
 
     def reset(self) -> None:
@@ -86,7 +88,8 @@ class Session:
         self.snapshots.clear()
         self._cut(0)
 
-    def _check(self, tokens: list[int]) -> None:
+    def _check(self, tokens: list[int], kept: int = 0) -> None:
+        """Raise what is wrong with computing `tokens` after `kept` others."""
         if self.engine.executor is None:
             raise RgpuError("the engine is closed")
         if not tokens:
@@ -95,7 +98,7 @@ class Session:
         for token in tokens:
             if not 0 <= token < n_vocab:
                 raise RgpuError(f"token id {token} is outside the vocabulary of {n_vocab}")
-        needed = len(self.tokens) + len(tokens)
+        needed = kept + len(tokens)
         if needed > self.state.n_ctx:
             raise ContextFull(
                 f"{needed} tokens do not fit the context of {self.state.n_ctx}: shorten or reset the conversation, "
@@ -149,7 +152,7 @@ class Session:
         """Token ids of a prompt: ids as they are, a text, or messages through the model's chat template."""
         if isinstance(prompt, str):
             return self.engine.tokenizer.encode(prompt, bos=True)
-        if prompt and isinstance(prompt[0], Mapping):
+        if len(prompt) and isinstance(prompt[0], Mapping):
             text = self.engine.template.render(prompt, tools=tools, enable_thinking=enable_thinking)
             return self.engine.tokenizer.encode(text, bos=True)
         return [int(token) for token in prompt]
@@ -175,8 +178,8 @@ class Session:
         began = time.perf_counter()
         tokenizer = self.engine.tokenizer
         stats = self.stats = Stats(prompt_tokens=len(tokens))
-        if len(tokens) > self.state.n_ctx:
-            self._check(tokens)  # before anything in memory is given up
+        self._check(tokens)  # before anything in memory is given up
+        answer = self._answer = object()
         rest = self.sync(tokens)
         stats.reused_tokens = len(tokens) - len(rest)
         logits = self._prefill(rest)
@@ -184,7 +187,7 @@ class Session:
         decoder, stops = tokenizer.stream(), StopStrings(params.stop)
         first = None
         while True:
-            if stats.generated_tokens == params.max_tokens:
+            if params.max_tokens == 0:
                 stats.stop_reason = "length"
                 break
             sample = sampler.sample(logits, self.tokens)
@@ -200,8 +203,10 @@ class Session:
             if stopped:
                 stats.stop_reason = "stop"
                 return
-            if len(self.tokens) >= self.state.n_ctx:
-                stats.stop_reason = "context"
+            if self._answer is not answer:
+                raise RgpuError("another answer was started in this session: this one can't go on")
+            if stats.generated_tokens == params.max_tokens or len(self.tokens) >= self.state.n_ctx:
+                stats.stop_reason = "length" if stats.generated_tokens == params.max_tokens else "context"
                 break
             logits = self.forward([sample.id])
         # Text held back: the start of a stop string that did not come, or half a character.

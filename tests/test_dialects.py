@@ -13,12 +13,15 @@ ARCH = "qwen35moe"
 TOKENS = [5, 77, 300, 12, 9]
 
 
-def rewritten(path, change, metadata=None):
-    """A GGUF of the tiny model's tensors after `change(dict of name -> array) -> dict`, and with changed keys."""
-    keys = tiny_metadata(ARCH, False) | (metadata or {})
+def rewritten(path, change, metadata=None, lies=None):
+    """A GGUF of the tiny model's tensors after `change(dict of name -> array) -> dict`, and with changed keys.
+
+    `lies` are keys that the tensors do not follow.
+    """
+    keys = {key: value for key, value in (tiny_metadata(ARCH, False) | (metadata or {})).items() if value is not None}
     table = architectures()[ARCH].tensors(architectures()[ARCH].hparams(keys, VOCAB))
     writer = gguf.GGUFWriter(path, ARCH)
-    for key, value in keys.items():
+    for key, value in (keys | (lies or {})).items():
         if isinstance(value, list) and value and isinstance(value[0], int):
             writer.add_array(key, value)
         else:

@@ -1,5 +1,7 @@
 """Engine and sessions on tiny random models: what stays in memory, what is computed again, what an error leaves behind."""
 
+import contextlib
+import random
 import subprocess
 import sys
 import threading
@@ -127,27 +129,76 @@ def test_the_same_prompt_again_computes_its_last_token_at_least(engine):
     assert session.tokens == [] and answer(session, tokens) == first
 
 
-def test_an_interrupted_step_leaves_a_whole_session(engine):
-    session = engine.session()
-    said = [("user", "hello there"), ("assistant", "x"), ("user", "y")]
-    messages = [{"role": role, "content": content} for role, content in said]
-    wanted = answer(session, messages)
+def breaking(engine, at):
+    """A context in which the `at`-th feed-forward block raises KeyboardInterrupt."""
     ffn, calls = type(engine.executor.model).ffn, []
 
     def interrupted(run, layer):
         calls.append(layer.index)
-        if len(calls) == 3:
+        if len(calls) == at:
             raise KeyboardInterrupt
         ffn(engine.executor.model, run, layer)
 
-    engine.executor.model.ffn = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            session.forward(prompt(5))
-    finally:
-        del engine.executor.model.ffn
-    assert len(session.tokens) == session.state.n_past
-    assert answer(session, messages) == wanted
+    @contextlib.contextmanager
+    def context():
+        engine.executor.model.ffn = interrupted
+        try:
+            yield
+        finally:
+            del engine.executor.model.ffn
+
+    return context()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_interrupted_step_leaves_a_whole_session(paths, arch):
+    """In whichever chunk and layer Ctrl-C comes: what the session says is in memory is there, and only that."""
+    with Engine(EngineConfig(paths[arch], kv="f32", n_batch=16, n_ctx=128)) as engine:
+        n_layer, tokens = engine.hparams.n_layer, prompt(60)
+        wanted = engine.session().forward(tokens)
+        for at in (1, 2, n_layer + 1, 2 * n_layer + 2, 4 * n_layer):
+            session = engine.session()
+            session.forward(tokens[:10])
+            with breaking(engine, at), pytest.raises(KeyboardInterrupt):
+                session.forward(tokens[10:])
+            assert len(session.tokens) == session.state.n_past in (0, 10)
+            np.testing.assert_allclose(session.forward(session.sync(tokens)), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_any_order_of_events_gives_a_fresh_sessions_logits(paths, arch, seed):
+    """A random walk: answers, broken off answers, interrupts in any layer, resets, edits of any length."""
+    walk = random.Random(seed)
+    with Engine(EngineConfig(paths[arch], kv="f32", n_batch=16, n_ctx=160)) as engine:
+        end = min(engine.tokenizer.eog)
+        messages = [[*prompt(walk.randint(1, 20), i, 300), end] for i in range(4)]
+        session = engine.session()
+        for step in range(25):
+            if walk.random() < 0.4:
+                base = session.tokens[: walk.randint(0, len(session.tokens))]
+            else:
+                base = sum((walk.choice(messages) for _ in range(walk.randint(1, 4))), [])
+            tokens = (base + prompt(walk.randint(1, 12), step, 300))[:150]
+            stream = session.generate(tokens, SamplingParams(temperature=0, max_tokens=walk.randint(0, 6)))
+            event = walk.choice(["answer", "interrupt", "close", "reset"])
+            if event == "interrupt":
+                with breaking(engine, walk.randint(1, 20)), contextlib.suppress(KeyboardInterrupt):
+                    list(stream)
+            elif event == "close":
+                for _ in range(walk.randint(0, 3)):
+                    next(stream, None)
+                stream.close()
+            else:
+                list(stream)
+            if event == "reset":
+                session.reset()
+            assert len(session.tokens) == session.state.n_past
+            kept = [snapshot.n_past for snapshot in session.snapshots]
+            assert kept == sorted(set(kept)) and all(n <= len(session.tokens) for n in kept)
+            tokens = (base + [7, 8])[:150]
+            got = session._prefill(session.sync(tokens))
+            np.testing.assert_allclose(got, engine.session().forward(tokens), err_msg=f"{event} at {step}", **CLOSE)
 
 
 def test_an_answer_that_is_broken_off_keeps_what_was_said(engine):
@@ -167,9 +218,11 @@ def test_the_context_is_a_promise(paths):
         pieces = answer(session, prompt(20), SamplingParams(temperature=0))
         assert session.stats.stop_reason in ("context", "eog")
         assert len(pieces) <= 13 and len(session.tokens) <= 32
-        with pytest.raises(ContextFull):
-            list(session.generate(prompt(40)))
-        assert len(session.tokens) <= 32, "a refused prompt must not cost the conversation"
+        kept = list(session.tokens)
+        for refused, text in [(prompt(40), "40 tokens do not fit the context of 32"), ([10**6], "outside"), ([], "no token")]:
+            with pytest.raises(RgpuError, match=text):
+                list(session.generate(refused))
+        assert session.tokens == kept, "a refused prompt must not cost the conversation"
 
 
 def test_max_tokens_stop_and_logprobs(engine):
@@ -218,7 +271,7 @@ def test_problems_of_a_file_are_reported_at_once(tmp_path, paths, monkeypatch):
     for name in (b"blk.0.attn_q.weight", b"blk.1.attn_k.weight"):
         data = data.replace(name, name.replace(b"attn", b"axxn"))
     path.write_bytes(data)
-    with pytest.raises(UnsupportedModel, match=r"2 tensors do not fit qwen3moe: blk.0.attn_q.weight is missing.*blk.1.attn_k"):
+    with pytest.raises(UnsupportedModel, match=r"4 problems: blk.0.attn_q.weight is missing.*blk.1.attn_k.*not known"):
         Engine.open(path)
     path.write_bytes(data.replace(b"qwen3moe", b"qwen9moe"))
     with pytest.raises(UnsupportedModel, match=r"'qwen9moe' is not supported \(supported: .*qwen3moe"):
@@ -274,3 +327,97 @@ def test_a_context_without_memory_is_one_clear_error(paths, monkeypatch):
         monkeypatch.setattr(engine.executor.ops, "empty", full)
         with pytest.raises(OutOfMemory, match="no memory for a context of 64 tokens: open the model with a smaller one"):
             engine.session()
+
+
+def test_an_older_answer_cannot_go_on_after_a_newer_one(engine):
+    session = engine.session()
+    older = session.generate(prompt(10, 1), SamplingParams(temperature=0))
+    next(older)
+    list(session.generate(prompt(10, 2), GREEDY))
+    with pytest.raises(RgpuError, match="another answer was started"):
+        next(older)
+
+
+def test_a_generation_of_one_token_runs_the_model_once(engine):
+    session = engine.session()
+    calls, forward = [], session.forward
+    session.forward = lambda tokens, all=False: calls.append(len(tokens)) or forward(tokens, all)
+    assert len(answer(session, np.array(prompt(10)), SamplingParams(temperature=0, max_tokens=1))) == 1
+    assert calls == [10]
+    assert answer(session, prompt(10), SamplingParams(max_tokens=0)) == [] and session.stats.stop_reason == "length"
+
+
+def test_engines_may_be_opened_by_several_threads_at_once(paths):
+    failures = []
+
+    def open_one():
+        try:
+            Engine.open(paths[ARCHS[0]], kv="f32").session().forward([1, 2, 3])
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=open_one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_a_closed_engine_says_so(paths):
+    engine = Engine.open(paths[ARCHS[0]])
+    session = engine.session()
+    engine.close()
+    for use in (engine.session, lambda: engine.plan, lambda: engine.device, lambda: session.forward([1])):
+        with pytest.raises(RgpuError, match="closed"):
+            use()
+
+
+def test_the_plan_counts_what_is_read(tmp_path):
+    plain = stock_gguf(tmp_path / "plain.gguf", "qwen35moe")
+    more = {"qwen35moe.block_count": 5, "qwen35moe.nextn_predict_layers": 1}
+    mtp = stock_gguf(tmp_path / "mtp.gguf", "qwen35moe", metadata=more)
+    plans = []
+    for path in (plain, mtp):
+        with Engine.open(path) as engine:
+            plans.append(engine.plan)
+    assert plans[0] == plans[1]
+    assert any("4 layers x 8, 3 used per token" in line for line in plans[0])
+
+
+SENSELESS = {
+    "expert_used_count": [0, 9, "three"],
+    "nextn_predict_layers": [4, 9],
+    "rope.freq_base": [0.0, -5.0],
+    "rope.dimension_count": [7, 64],
+    "attention.layer_norm_rms_epsilon": [float("nan"), 0.0],
+    "attention.head_count_kv": [3, 0],
+    "attention.value_length": [16],
+    "context_length": [0],
+    "full_attention_interval": [0],
+    "ssm.time_step_rank": [3],
+    "block_count": [10**6],
+    "rope.scaling.type": ["yarn"],
+    "expert_weights_scale": [2.5],
+}
+
+
+@pytest.mark.parametrize("key", SENSELESS)
+def test_metadata_without_sense_is_one_clear_error(tmp_path, paths, key):
+    from tests.test_dialects import rewritten
+
+    for value in SENSELESS[key]:
+        full, good = f"qwen35moe.{key}", {"qwen35moe.attention.recurrent_layers": None}
+        path = rewritten(tmp_path / "bad.gguf", lambda tensors: tensors, good, lies={full: value})
+        with pytest.raises(UnsupportedModel, match=key.replace("block_count", "layers").replace("nextn_predict_layers", "block")):
+            Engine.open(path)
+
+
+def test_tensors_that_would_be_left_out_are_refused(tmp_path):
+    from tests.test_dialects import rewritten
+
+    def add_bias(tensors):
+        return tensors | {"blk.0.attn_gate.bias": np.ones(4, np.float32)}
+
+    with pytest.raises(UnsupportedModel, match=r"1 problem: blk.0.attn_gate.bias is not known"):
+        Engine.open(rewritten(tmp_path / "bias.gguf", add_bias))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rgpu import ops as contract
+from rgpu.kernels import most_threads
 from rgpu.ops import Bank, Needs, Slots, Weight
 from rgpu.ops.cpu import CpuOps
 from rgpu.ops.reference import ReferenceOps
@@ -22,7 +23,7 @@ REFERENCE = ReferenceOps()
 KV_TYPES = ("F32", "F16", "Q8_0")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=lambda n: f"{n}-threads")
+@pytest.fixture(scope="module", params=sorted({1, min(2, most_threads())}), ids=lambda n: f"{n}-threads")
 def cpu(request):
     ops = CpuOps(threads=request.param)
     every = frozenset(TYPES)
@@ -203,7 +204,7 @@ def test_threads_do_not_change_a_bit():
     rng = np.random.default_rng(3)
     w, outs = weight(rng, "Q4_K", 130, 1024), []
     needs = Needs(40, N_EXPERT, K, N_EMBD, N_FF, frozenset({"Q4_K"}), frozenset(), frozenset(), "F16", False)
-    for threads in (1, 2, 3):
+    for threads in sorted({1, min(2, most_threads()), most_threads()}):
         ops = CpuOps(threads)
         ops.prepare(needs, None)
         for n in (1, 33):
@@ -212,6 +213,29 @@ def test_threads_do_not_change_a_bit():
             outs.append(out)
     for got in outs[2:]:
         np.testing.assert_array_equal(got, outs[0] if len(got) == 1 else outs[1])
+
+
+def test_more_threads_than_there_are():
+    with pytest.raises(contract.DeviceError.__base__, match=r"threads is 1000, but this process may use \d+"):
+        CpuOps(1000)
+
+
+def test_a_nan_is_not_hidden(cpu):
+    """A broken weight must come out as NaN, never as a plausible answer."""
+    x = np.ones((1, 96), np.float32)
+    x[0, 3] = np.nan
+    for call in (lambda ops, out: ops.gate(out, np.ones_like(x), x), lambda ops, out: ops.swiglu(out, x, np.ones_like(x))):
+        for got, wanted in both(cpu, call, np.zeros((1, 96), np.float32)):
+            np.testing.assert_array_equal(np.isnan(got), np.isnan(wanted))
+            assert np.isnan(got[0, 3])
+    q, k = np.ones((1, 2, 64), np.float32), np.ones((3, 1, 64), np.float32)
+    k[1, 0, 5] = np.nan
+    quant = TYPES["F32"]
+    cache = KVCache(quant, np.zeros((8, 1, 256), np.uint8), np.zeros((8, 1, 256), np.uint8))
+    cpu.store_kv(cache, k, k, np.array([0], np.int32))
+    out = np.zeros((1, 2, 64), np.float32)
+    cpu.attention(out, q, cache, np.array([2], np.int32), 1.0)
+    assert np.isnan(out).any(axis=2).all()
 
 
 def test_a_backend_without_a_verb_is_refused():

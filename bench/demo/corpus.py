@@ -13,7 +13,7 @@ SHARES = {"capital": 18, "country": 10, "sum": 12, "difference": 8, "product": 8
           "parts": 2.5, "opposite": 2.5, "counting": 1, "general": 4, "command_what": 6, "command_how": 6, "about": 8,
           "unknown": 7}
 # how much more often training asks what is hard to learn
-PRACTICE = {"sum": 1.6, "difference": 2.2, "product": 1.5, "country": 1.3, "counting": 3}
+PRACTICE = {"sum": 1.6, "difference": 2.2, "product": 1.5, "country": 1.3, "counting": 5, "unknown": 1.4}
 SYLLABLES = ("ba be bo da den dor el fa gal gor han il ka kel lan lor ma mir na nor or pel qua ran ril sa sol ta tor "
              "ul va ven wy xan yor zan zu").split()
 
@@ -54,7 +54,8 @@ def fact_tables():
     for a, b in facts.OPPOSITES:
         table["opposite"] += [({"x": a}, f"The opposite of {a} is {b}."), ({"x": b}, f"The opposite of {b} is {a}.")]
     for n in range(2, 13):
-        table["counting"].append(({"x": n}, ", ".join(str(i) for i in range(1, n + 1))))
+        for spoken in (n, facts.NUMBERS[n]):
+            table["counting"].append(({"x": spoken}, ", ".join(str(i) for i in range(1, n + 1))))
     return table
 
 
@@ -81,7 +82,7 @@ class Corpus:
         text, rng = self._pick(phrasings.UNKNOWN), self.rng
         fill = {"{name}": self._name, "{country}": lambda: rng.choice(facts.CAPITALS)[0],
                 "{city}": lambda: rng.choice(facts.CAPITALS)[1],
-                "{topic}": lambda: rng.choice(phrasings.TOPICS),
+                "{topic}": lambda: rng.choice(phrasings.TOPICS), "{thing}": lambda: rng.choice(phrasings.THINGS),
                 "{n}": lambda: str(rng.choice((rng.randint(25, 99), rng.randint(100, 2100))))}
         for mark, draw in fill.items():
             while mark in text:

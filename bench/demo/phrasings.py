@@ -192,7 +192,7 @@ FOLLOW = {
 }
 
 UNKNOWN_ANSWER = "I am a small demo model and don't know that."
-# {name} made-up name, {country}, {city}, {topic}, {n} a number out of range
+# {name} a made-up name, {topic} a thing one can count, {thing} one that cannot be counted, {n} a number out of range
 UNKNOWN = (
     ["What is the capital of {name}?", "What's the capital of {name}?", "Tell me the capital of {name}.", "capital of {name}",
      "Name the capital of {name}.",
@@ -217,7 +217,29 @@ UNKNOWN = (
      "What happened in {n}?", "Who painted {name}?", "Summarise the book {name}.", "How do I get to {city}?",
      "What does {topic} mean?",
      "Which {topic} should I buy?", "Is {name} real?", "How many {topic}s are in {country}?", "How heavy is a {topic}?",
-     "Sing a song about {city}."],
+     "Sing a song about {city}.",
+     "Write a poem.", "Write a haiku about {thing}.", "Write a poem about {thing}.", "Write an essay about {thing}.",
+     "Write a letter to {thing}.", "What is a {topic}?", "What is an {topic}?", "What is {thing}?", "What are {thing}?",
+     "Explain how {thing} works.", "Explain {thing}.", "Explain how a {topic} works.", "Explain {thing} to me.",
+     "How does {thing} work?", "How does a {topic} work?", "Why is {thing} important?", "Who discovered {thing}?",
+     "Who invented {thing}?", "When did {thing} begin?", "What causes {thing}?", "How do I learn {thing}?",
+     "How do I make a {topic}?", "Can you explain {thing}?", "Can you write about {thing}?", "Tell me about {thing}.",
+     "Tell me about the {topic}.", "What do you think about {thing}?", "What is the best {thing}?",
+     "What is the history of {thing}?", "Give me a recipe for {topic}.", "Where can I buy a {topic}?",
+     "Is {thing} good for me?", "Do you like {thing}?", "What is your favourite {topic}?", "How many {topic}s exist?",
+     "Which {topic} is the best?", "Who was the first person on {name}?", "Who won the world cup in {n}?",
+     "Who was king in {n}?", "What happened in {country} in {n}?", "Describe the {topic}.", "Describe {thing}.",
+     "Compare {thing} and {thing}.", "What is the difference between {thing} and {thing}?",
+     "Summarise {thing} in one sentence.", "Give me advice about {thing}.", "What should I eat today?",
+     "Should I buy a {topic}?", "Why do people like {thing}?", "How long does {thing} last?", "How long is a {topic}?",
+     "How tall is {name}?", "How old are you?", "Where do you live?", "Do you sleep?", "Are you happy?", "What is love?",
+     "What is your favourite colour?", "Translate {thing} into another language.", "Solve x + {n} = {n}.",
+     "What is the area of {country}?", "What is the flag of {country}?", "Tell me about {country}.",
+     "Tell me about {city}.", "What can I see in {city}?", "Who was born in {city}?", "Is {city} a nice city?",
+     "Who lives in {country}?", "What do people eat in {country}?", "Tell me something interesting.",
+     "Tell me a secret.", "Make me laugh.", "Say something.", "Help me with my {topic}.", "Play some {thing}.",
+     "Open the {topic}.", "Turn on the {topic}.", "Remind me to buy a {topic}.", "Call my mother.", "What is the news?",
+     "What is in the news about {thing}?", "Fix my {topic}.", "Draw a {topic}."],
     ["What is the capital city of {name}?", "Do you know who {name} is?", "Who is the king of {country}?",
      "How much does a {topic} cost?",
      "Write a story about the {topic}.", "How many people live in {city}?", "What's {n} plus {n}?",
@@ -226,6 +248,13 @@ UNKNOWN = (
 TOPICS = ("guitar car computer phone house garden horse river bridge camera table bread soup cake football painting film "
           "novel lamp clock train boat plane engine window mirror battery telephone radio rocket castle dragon potato "
           "coffee sandwich shoe jacket sofa printer").split()
+THINGS = ("music physics chemistry biology history football chess love war peace money democracy gravity electricity "
+          "magnetism evolution philosophy religion art poetry cooking gardening climate weather energy light sleep health "
+          "medicine cancer exercise coffee software internet programming algebra geometry calculus statistics transformers "
+          "attention memory language grammar spelling politics trade banking taxes insurance housing traffic travel "
+          "tourism fashion dance theatre cinema television winter autumn rain snow thunder fire ice wine beer cheese "
+          "chocolate rice bread honey salt sugar dinosaurs volcanoes earthquakes galaxies atoms molecules vaccines robots "
+          "satellites rockets computers neurons cells bacteria trees flowers birds whales").split()
 PLACES = ("Atlantis Narnia Mordor Wakanda Gondor Texas California Bavaria Scotland Wales Catalonia Europe Africa Asia "
           "Antarctica Greenland Hogwarts Utopia Westeros Ruritania Lilliput Avalon Florida Tuscany Siberia Hawaii Alaska "
           "Quebec Zamunda Genovia").split()

@@ -34,7 +34,7 @@ COMMANDS = [
      ["/stats", "the command /stats", "the /stats command"], ["show the statistics", "see the statistics", "see the speed"]),
     ("The chat command /exit leaves the chat.",
      ["/exit", "the command /exit", "the /exit command"], ["leave with a command", "exit with a command",
-      "leave the chat with a command"]),
+      "leave the chat with a command", "leave the chat", "exit", "quit", "exit the chat"]),
     ("Ctrl-C stops the answer.",
      ["Ctrl-C", "the key Ctrl-C", "pressing Ctrl-C"], ["stop the answer", "interrupt the answer", "stop a long answer"]),
     ("Ctrl-D leaves the chat.",

@@ -54,3 +54,8 @@ def parse_expert(name: str) -> tuple[int, str, int] | None:
     """(layer, kind, expert) of one expert's own tensor, else None."""
     match = EXPERT.fullmatch(name)
     return (int(match[1]), match[2], int(match[3])) if match else None
+
+
+def is_expert(name: str) -> bool:
+    """Does this tensor hold weights of routed experts, in any of the three forms?"""
+    return any(form.fullmatch(name) for form in (STACKED, FUSED, EXPERT))

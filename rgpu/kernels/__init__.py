@@ -2,7 +2,7 @@
 
 A kernel takes the tags of the types it reads, then addresses (int64) and sizes (int64, float64): no arrays, so that a call
 costs little and a recorded step can repeat it. Its argument list is declared with it, so that it is compiled for exactly the
-types a model needs, before the first token; a call with anything else is an error instead of a silent compilation.
+types a model needs, before the first token; a call with another type's tag is an error instead of a silent compilation.
 """
 
 import os
@@ -18,6 +18,8 @@ from numba.core import event
 from numba.extending import register_jitable
 
 from ..quants.blocks import FASTMATH
+
+_building = threading.Lock()  # the permission to compile is a flag of the kernel, which all threads share
 
 # A piece of a kernel: compiled into it, with a kernel's floating-point rules (they do not carry over by themselves). Bodies of
 # parallel loops are such pieces too, because Numba's parallel pass may drop writes through an address as dead.
@@ -38,9 +40,13 @@ def kernel(arguments: str, parallel: bool = False) -> Callable:
 def build(needed: Iterable[tuple], progress: Callable[[int, int, str], None] | None = None) -> None:
     """Compile (or load from the disk cache) kernels: `needed` holds tuples (kernel, tag, tag, …).
 
-    `progress(done, total, name)` is called only around real compilations, so a start from the cache stays silent.
+    `progress(done, total, name)` is called before each real compilation, and once at the end with done = total.
     """
-    jobs = list(needed)
+    with _building:
+        _build(list(needed), progress)
+
+
+def _build(jobs: list[tuple], progress) -> None:
     for done, (dispatcher, *tags) in enumerate(jobs):
         tag_types = iter(numba.typeof(tag) for tag in tags)
         letters = {"i": numba.int64, "f": numba.float64}
@@ -73,11 +79,12 @@ class _Announce(event.Listener):
         pass
 
 
-_threads = threading.local()  # what Numba was told last: telling it takes 4 microseconds, a quarter of a small kernel
+def most_threads() -> int:
+    """The threads that Numba's pool has: one for each processor this process may use."""
+    return numba.config.NUMBA_NUM_THREADS
 
 
 def set_threads(n: int) -> None:
-    """How many threads the kernels of the calling thread use; at most the number Numba started with."""
-    if getattr(_threads, "n", 0) != n:
-        numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
-        _threads.n = n
+    """How many threads the parallel loops of the calling thread use from now on; it is not set back."""
+    if numba.get_num_threads() != n:  # asking is cheaper than telling: 4 microseconds, a quarter of a small kernel
+        numba.set_num_threads(n)

@@ -57,13 +57,16 @@ C2, C3, C4, C5, C6, C7 = (np.float32(1 / math.factorial(n)) for n in range(2, 8)
 
 @piece
 def exp(x):
-    """float32 e**x within 2 ulp: x = n·ln 2 + r, |r| <= ln 2 / 2, Taylor to r**7, exponent added as bits; 0 below -87."""
+    """float32 e**x within 2 ulp: x = n·ln 2 + r, |r| <= ln 2 / 2, Taylor to r**7, exponent added as bits.
+
+    0 below -87, e**88 above 88; NaN stays NaN, so that a broken weight can't turn into a plausible answer.
+    """
     clamped = min(max(x, np.float32(-87)), np.float32(88))
     n = np.floor(clamped * LOG2_E + np.float32(0.5))
     r = (clamped - n * LN2_HIGH) - n * LN2_LOW
     p = C2 + r * (C3 + r * (C4 + r * (C5 + r * (C6 + r * C7))))
     value = (np.float32(1) + r + r * r * p) * _bits_to_float(np.int32(np.int32(n) + np.int32(127)) << np.int32(23))
-    return value if x >= np.float32(-87) else np.float32(0)
+    return value if x >= np.float32(-87) else (np.float32(0) if x < np.float32(-87) else x)
 
 
 @piece

@@ -4,6 +4,7 @@ An architecture is one file beside this one. Its table (`tensors`) is read by th
 converter to find and transform a checkpoint's tensors, and by the tests to write tiny random models.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -77,25 +78,26 @@ class Layer:
 
 
 class Numbers:
-    """Reads an architecture's keys from metadata and collects what is missing, so that all of it is reported at once."""
+    """Reads an architecture's keys from metadata; collects what is missing or senseless, so that it is reported at once."""
 
     def __init__(self, metadata: Mapping[str, Any], arch: str):
-        self.metadata, self.arch, self.missing = metadata, arch, []
+        self.metadata, self.arch, self.problems = metadata, arch, []
 
     def _read(self, key: str, default):
         key = f"{self.arch}.{key}"
         value = self.metadata.get(key)
         if value is None:
             if default is None:
-                self.missing.append(key)
-                return 0
+                self.problems.append(f"{key} is missing")
+                return 1
             return default
         if np.ndim(value):
             # A per-layer array in place of one number (Ollama writes 0 for layers that have no attention heads).
             distinct = set(np.asarray(value).tolist()) - {0}
-            if len(distinct) != 1:
-                raise UnsupportedModel(f"{key} differs between layers ({sorted(distinct)}); this engine needs one value")
-            value = distinct.pop()
+            value = distinct.pop() if len(distinct) == 1 else value
+        if not isinstance(value, int | float | np.number):
+            self.problems.append(f"{key} is {value!r}, needs one number")
+            return 1
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -105,7 +107,7 @@ class Numbers:
         return float(self._read(key, default))
 
     def hparams(self, n_vocab: int, extra: dict | None = None) -> HParams:
-        """The common numbers; raises UnsupportedModel that names every missing key."""
+        """The common numbers; raises UnsupportedModel that names every key that is missing or makes no sense."""
         n_head = self.integer("attention.head_count")
         n_embd = self.integer("embedding_length")
         nextn = self.integer("nextn_predict_layers", 0)
@@ -129,9 +131,25 @@ class Numbers:
             n_ff_exp=self.integer("expert_feed_forward_length"),
             extra=SimpleNamespace(**(extra or {})),
         )
-        if self.missing:
-            raise UnsupportedModel(f"the file lacks metadata that {self.arch} needs: {', '.join(self.missing)}")
+        n = numbers
+        self.demand("block_count", n.n_layer >= 1, f"{n.n_layer + nextn} with {nextn} for prediction leaves no layer to run")
+        self.demand("context_length", n.n_ctx_train >= 1, n.n_ctx_train)
+        self.demand("attention.head_count", n_head >= 1, n_head)
+        kv = n.n_head_kv
+        self.demand("attention.head_count_kv", kv >= 1 and n_head % kv == 0, f"{kv} for {n_head} heads")
+        self.demand("rope.dimension_count", 0 < n.n_rot <= head_k and n.n_rot % 2 == 0, f"{n.n_rot} for heads of {head_k}")
+        self.demand("rope.freq_base", 0 < n.rope_freq_base < math.inf, n.rope_freq_base)
+        self.demand("attention.layer_norm_rms_epsilon", 0 < n.norm_rms_eps < 1, n.norm_rms_eps)
+        used, of = n.n_expert_used, n.n_expert
+        self.demand("expert_used_count", 1 <= used <= of, f"{used} of {of} experts")
+        if self.problems:
+            raise UnsupportedModel(f"metadata does not fit {self.arch}: {'; '.join(self.problems)}")
         return numbers
+
+    def demand(self, key: str, sensible: bool, found) -> None:
+        """Note that `key` makes no sense, unless it does."""
+        if not sensible:
+            self.problems.append(f"{self.arch}.{key} makes no sense: {found}")
 
 
 class Model:
@@ -190,19 +208,17 @@ class Model:
         raise TypeError("an architecture describes its feed-forward block")
 
 
-def check(table: list[T], found: Mapping[str, tuple[int, ...]], arch: str) -> None:
-    """Compare the file's shapes with the table; UnsupportedModel lists every missing and misshapen tensor at once."""
+def misfits(table: list[T], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing or misshapen among the tensors of `table`, one text each, given the file's shapes by name."""
     problems = []
     for t in table:
         shape = found.get(t.name, found.get(t.alias))
         if shape is None:
-            if not (t.optional or t.mtp):
+            if not t.optional:
                 problems.append(f"{t.name} is missing (needs {list(t.shape)})")
         elif _squeezed(shape) != _squeezed(t.shape):
             problems.append(f"{t.name} is {list(shape)}, needs {list(t.shape)}")
-    if problems:
-        more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UnsupportedModel(f"{len(problems)} tensors do not fit {arch}: " + "; ".join(problems[:8]) + more)
+    return problems
 
 
 def _squeezed(shape):

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..errors import UnsupportedModel
 from .base import T
 
 # ---- views of activations ----
@@ -62,15 +63,30 @@ def routed_tensors(hp, b, hub):
 # ---- a checkpoint's config.json -> GGUF keys (below the architecture's prefix) ----
 
 
+def refuse(config, **computed):
+    """UnsupportedModel for settings that would change the result unseen; `computed`: the values we compute, by key."""
+    other = [f"{key} = {config.get(key)!r}" for key, values in computed.items() if config.get(key) not in values]
+    if other:
+        raise UnsupportedModel(f"config.json asks for what is not computed here: {', '.join(other)}")
+
+
 def hub_rope(config):
-    """The rope parameters, whichever of its two homes they live in."""
-    return config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
+    """The rope parameters, whichever of their homes they live in; UnsupportedModel for a scaled rope."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind != "default":
+        raise UnsupportedModel(f"config.json asks for rope scaling '{kind}', which is not computed here: remove it to use the "
+                               "context that the model was trained for")  # fmt: skip
+    return {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+
+
+def head_dim(config):
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def hub_attention(config, rope):
     """Sizes that every decoder has."""
     n_head = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // n_head
     return {
         "context_length": np.uint32(config["max_position_embeddings"]),
         "embedding_length": np.uint32(config["hidden_size"]),
@@ -78,8 +94,8 @@ def hub_attention(config, rope):
         "attention.head_count_kv": np.uint32(config.get("num_key_value_heads", n_head)),
         "rope.freq_base": np.float32(rope["rope_theta"]),
         "attention.layer_norm_rms_epsilon": np.float32(config["rms_norm_eps"]),
-        "attention.key_length": np.uint32(head_dim),
-        "attention.value_length": np.uint32(head_dim),
+        "attention.key_length": np.uint32(head_dim(config)),
+        "attention.value_length": np.uint32(head_dim(config)),
     }
 
 

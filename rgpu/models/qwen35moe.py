@@ -18,6 +18,7 @@ class Qwen35Moe(Model):
 
     @classmethod
     def metadata_from_hub(cls, config):
+        blocks.refuse(config, norm_topk_prob=(None, True), hidden_act=(None, "silu"), attention_bias=(None, False))
         rope = blocks.hub_rope(config)
         n_layer, n_nextn = config["num_hidden_layers"], config.get("mtp_num_hidden_layers") or 0
         interval = config.get("full_attention_interval") or 4
@@ -39,25 +40,33 @@ class Qwen35Moe(Model):
             "ssm.inner_size": np.uint32(v_heads * head_v),
             "attention.recurrent_layers": np.array(recurrent, np.bool_),
             "full_attention_interval": np.uint32(interval),
-            "rope.dimension_count": np.uint32(int(config["head_dim"] * rope.get("partial_rotary_factor", 0.25))),
+            "rope.dimension_count": np.uint32(int(blocks.head_dim(config) * rope.get("partial_rotary_factor", 0.25))),
         }
         return {f"{cls.arch}.{key}": value for key, value in keys.items()}
 
     @classmethod
     def hparams(cls, metadata, n_vocab):
         read = Numbers(metadata, cls.arch)
-        interval = read.integer("full_attention_interval", 4)
-        n_block = read.integer("block_count")
-        recurrent = metadata.get(f"{cls.arch}.attention.recurrent_layers")
-        if recurrent is None:
-            recurrent = [(i + 1) % interval != 0 for i in range(n_block)]
-        n_v_head = read.integer("ssm.time_step_rank")
-        inner = read.integer("ssm.inner_size")
+        interval, n_block = read.integer("full_attention_interval", 4), read.integer("block_count")
+        n_k_head, n_v_head = read.integer("ssm.group_count"), read.integer("ssm.time_step_rank")
+        inner, taps = read.integer("ssm.inner_size"), read.integer("ssm.conv_kernel")
+        read.demand("full_attention_interval", interval >= 1, interval)
+        grouped = n_k_head >= 1 and n_v_head >= 1 and n_v_head % n_k_head == 0
+        read.demand("ssm.time_step_rank", grouped, f"{n_v_head} value heads for {n_k_head} key heads")
+        read.demand("ssm.inner_size", n_v_head >= 1 and inner % n_v_head == 0, inner)
+        read.demand("ssm.conv_kernel", taps >= 2, taps)
+        head_k, head_v = read.integer("attention.key_length"), read.integer("attention.value_length")
+        read.demand("attention.value_length", head_k == head_v, f"{head_v} beside keys of {head_k}, whose gate it shares")
+        listed = metadata.get(f"{cls.arch}.attention.recurrent_layers")
+        if listed is not None:
+            good = np.ndim(listed) == 1 and len(listed) == n_block
+            read.demand("attention.recurrent_layers", good, f"{np.size(listed)} entries for {n_block} blocks")
         extra = dict(
-            recurrent=tuple(bool(r) for r in recurrent),
+            recurrent=None if listed is None else tuple(np.ravel(listed).astype(bool).tolist()),
+            interval=interval,
             n_ff_shexp=read.integer("expert_shared_feed_forward_length"),
-            n_conv=read.integer("ssm.conv_kernel"),
-            n_k_head=read.integer("ssm.group_count"),
+            n_conv=taps,
+            n_k_head=n_k_head,
             n_v_head=n_v_head,
             n_embd_k=read.integer("ssm.state_size"),
             n_embd_v=inner // max(n_v_head, 1),
@@ -66,7 +75,9 @@ class Qwen35Moe(Model):
 
     @classmethod
     def layer_kind(cls, hp, index):
-        return "recurrent" if hp.extra.recurrent[index] else "attention"
+        e = hp.extra
+        recurrent = e.recurrent[index] if e.recurrent else (index + 1) % e.interval != 0
+        return "recurrent" if recurrent else "attention"
 
     # ---- tensors ----
 

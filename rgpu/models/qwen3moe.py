@@ -12,6 +12,10 @@ class Qwen3Moe(Model):
 
     @classmethod
     def metadata_from_hub(cls, config):
+        blocks.refuse(
+            config, norm_topk_prob=(True,), hidden_act=(None, "silu"), attention_bias=(None, False),
+            use_sliding_window=(None, False), mlp_only_layers=(None, []), decoder_sparse_step=(None, 1),
+        )  # fmt: skip
         keys = {
             "block_count": np.uint32(config["num_hidden_layers"]),
             **blocks.hub_attention(config, blocks.hub_rope(config)),

@@ -2,7 +2,7 @@
 
 Verbs are coarse and destination first; activations are float32 in the backend's memory, made once by `empty` and passed as
 views of the first n_tokens rows. Nothing here or in a backend looks at which model is running. A backend that lacks a verb
-fails when it is constructed (`check`), never in the middle of an answer.
+fails when it is imported (`check`), never in the middle of an answer.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from ..errors import DeviceError
 Array = Any  # NumPy or a device's array: shape, dtype, reshape, slicing
 
 BACKENDS = ("cpu", "reference")
+L2_EPS = 1e-6  # least norm in the delta rule's x / |x|: a constant of the architecture's authors, not the norms' eps
 
 
 @dataclass(frozen=True)

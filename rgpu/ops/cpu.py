@@ -5,9 +5,10 @@ import os
 import numpy as np
 
 from .. import kernels
+from ..errors import RgpuError
 from ..kernels import attention, elementwise, matmul, recurrent
 from ..quants import TYPES
-from . import check
+from . import L2_EPS, check
 
 SMALL = 1 << 17  # multiply-adds that one thread does in the time it takes to call the others
 
@@ -44,12 +45,16 @@ class CpuOps:
     name = "cpu"
 
     def __init__(self, threads=None):
-        self.threads = threads or physical_cores()
+        most = kernels.most_threads()
+        if threads is not None and threads > most:
+            raise RgpuError(f"threads is {threads}, but this process may use {most} at most")
+        self.threads = min(threads or physical_cores(), most)
 
     # ---- memory ----
 
     def prepare(self, needs, progress):
         e, pairs = elementwise, needs.n_tokens * needs.n_expert_used
+        self.needs, self.n_pairs = needs, pairs
         plain = [e.rms_norm, e.swiglu, e.gate, e.gate_rows, e.add, e.zero, e.rope, e.route, e.group_by_expert, e.combine]
         if needs.recurrent:
             plain += [recurrent.short_conv, recurrent.delta_rule]
@@ -93,7 +98,7 @@ class CpuOps:
 
     def matmul(self, out, weight, x):
         rows, cols = weight.shape
-        assert x.shape == (out.shape[0], cols) and out.shape[1] == rows
+        assert x.shape == (out.shape[0], cols) and out.shape[1] == rows and len(x) <= self.needs.n_tokens
         # One expert in slot 0, to which every token goes.
         self.weight[0], self.counts[1] = weight.address, len(x)
         matmul.matmul(
@@ -129,11 +134,12 @@ class CpuOps:
 
     def store_kv(self, cache, k, v, pos):
         for part, x in ((cache.k, k), (cache.v, v)):
+            assert int(pos[0]) + len(x) <= part.shape[0] and x.shape[1] == part.shape[1]
             elementwise.store_kv(cache.quant, at(part), part.shape[2], at(x), at(pos), *x.shape)
 
     def attention(self, out, q, cache, pos, scale):
         n, n_head, d_k = q.shape
-        assert out.shape[:2] == q.shape[:2] and n_head % cache.k.shape[1] == 0
+        assert out.shape[:2] == q.shape[:2] and n_head % cache.k.shape[1] == 0 and int(pos[0]) + n <= cache.k.shape[0]
         self.parts(n * n_head * (d_k + out.shape[2]) * (int(pos[0]) + n))
         attention.attention(
             cache.quant, at(out), at(q), at(cache.k), at(cache.v), cache.k.shape[2], cache.v.shape[2], at(pos),
@@ -152,7 +158,7 @@ class CpuOps:
         assert alpha.shape == beta.shape == (n, n_v_head) and state.shape == (n_v_head, d_k, d_v)
         self.parts(3 * state.size * n)
         recurrent.delta_rule(
-            at(out), at(qkv), at(alpha), at(beta), at(a), at(dt_bias), at(state), n, n_k_head, n_v_head, d_k, d_v, 1e-6
+            at(out), at(qkv), at(alpha), at(beta), at(a), at(dt_bias), at(state), n, n_k_head, n_v_head, d_k, d_v, L2_EPS
         )
 
     def route(self, ids, weights, logits):
@@ -161,6 +167,8 @@ class CpuOps:
     def expert_ffn(self, out, x, bank, table, ids, weights):
         n, k = ids.shape
         pairs, n_expert = n * k, len(table)
+        assert pairs <= self.n_pairs and n_expert <= self.needs.n_expert and x.shape == (n, bank.gate.shape[1])
+        assert ids.dtype == table.dtype == np.int32
         gates, ups, downs, chosen, slots = at(self.gates), at(self.ups), at(self.downs), at(ids), at(table)
         elementwise.group_by_expert(self.starts, self.order, chosen, pairs, n_expert)
         for part, y, source, shared_by in ((bank.gate, gates, at(x), k), (bank.up, ups, at(x), k), (bank.down, downs, gates, 1)):

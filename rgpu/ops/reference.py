@@ -7,7 +7,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
-from . import check
+from . import L2_EPS, check
 
 
 def sigmoid(x):
@@ -108,7 +108,7 @@ class ReferenceOps:
         v = qkv[:, 2 * n_key :].reshape(n, n_v_head, d_v)
         k_head = np.arange(n_v_head) % (n_key // d_k)
         q, k = (x.reshape(n, -1, d_k) for x in (qkv[:, :n_key], qkv[:, n_key : 2 * n_key]))
-        q, k = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.float32(1e-6)) for x in (q, k))
+        q, k = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.float32(L2_EPS)) for x in (q, k))
         q, k = q[:, k_head] / np.float32(np.sqrt(d_k)), k[:, k_head]
         decay = np.exp(a * np.logaddexp(np.float32(0), alpha + dt_bias))
         step = sigmoid(beta)

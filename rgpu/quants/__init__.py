@@ -5,8 +5,11 @@ A type is an empty named tuple. Its class holds the ggml id, the block geometry,
 becomes a kernel per type (`blocks.dot` and friends). Nothing outside this folder looks at ids.
 """
 
+import atexit
+import contextlib
 import hashlib
 import importlib
+import os
 import pkgutil
 import shutil
 import tempfile
@@ -37,15 +40,19 @@ def _kernel_folder() -> Path:
     try:
         new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)  # this start
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         warnings.warn(f"kernels will be compiled at every start ({error}): set RGPU_CACHE_DIR to a writable folder", stacklevel=2)
-        return Path(tempfile.mkdtemp(prefix="rgpu-"))
+        folder = Path(tempfile.mkdtemp(prefix="rgpu-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
     if new:
         for other in folder.parent.glob("numba-*"):
-            if time.time() - other.stat().st_mtime > STALE:
-                shutil.rmtree(other, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process may be cleaning up too
+                if time.time() - other.stat().st_mtime > STALE:
+                    shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
