@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from rgpu.errors import ConvertError, RgpuError
+from rgpu.errors import ConvertError, RgpuError, line
 
 DEFAULT_TYPE = "Q4_K_M"  # of hub folders
 INTERRUPTED = 128  # plus the number of the signal: what a shell reports
@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted: nothing was written", file=sys.stderr)
         return INTERRUPTED + signal.SIGINT
     except (RgpuError, OSError) as error:
-        if os.environ.get("RGPU_DEBUG") == "1":
-            raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(line(error), file=sys.stderr)
         return 1
     return 0
 

@@ -4,6 +4,17 @@ A command prints the message on one line and exits 1; a message says what was fo
 Broken invariants of our own are `assert`s, never these.
 """
 
+import os
+import traceback
+
+
+def line(error: BaseException) -> str:
+    """What a command prints for an error: one line, behind the traceback if RGPU_DEBUG=1."""
+    debug = "".join(traceback.format_exception(error)) if os.environ.get("RGPU_DEBUG") == "1" else ""
+    known = isinstance(error, OSError) and error.filename and error.strerror
+    text = f"{error.filename}: {error.strerror}" if known else str(error)
+    return f"{debug}error: {' '.join(text.split())}"
+
 
 class RgpuError(Exception):
     """Base of every error that a user can cause or mend."""

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from .errors import RgpuError
+from .errors import RgpuError, line
 from .gguf.reader import GGUFFile
 
 WIDTH = 100  # characters of a value that are shown
@@ -25,9 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # | head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (RgpuError, OSError) as error:
-        if os.environ.get("RGPU_DEBUG") == "1":
-            raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(line(error), file=sys.stderr)
         return 1
     return 0
 

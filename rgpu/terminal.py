@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from pathlib import Path
+
+from .errors import line
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 HISTORY_LINES = 1000
@@ -50,11 +51,7 @@ class Terminal:
 
     def error(self, error: BaseException) -> None:
         """One line, after the traceback if RGPU_DEBUG=1."""
-        if os.environ.get("RGPU_DEBUG") == "1":
-            traceback.print_exception(error)
-        known = isinstance(error, OSError) and error.filename and error.strerror
-        text = f"{error.filename}: {error.strerror}" if known else str(error)
-        self.note("error: " + " ".join(text.split()))
+        self.note(line(error))
 
     def progress(self, done: int, total: int, name: str) -> None:
         """Kernels are being compiled: the engine calls this before each, and with done = total at the end in any case."""

@@ -260,7 +260,7 @@ def test_configurations_that_cannot_be(folder, refuse):
     refuse(folder, words=["text_config"])
     for wrong, word in (
         ({"hidden_size": "wide"}, "config.json"), ({"num_experts": -1}, "config.json"), ({"num_hidden_layers": 10**9}, "layers"),
-        ({"num_experts": 10**9}, "experts"), ({"linear_num_key_heads": 0}, "conv1d"),
+        ({"num_experts": 10**9}, "experts"), ({"linear_num_key_heads": 0}, "0 key heads"),
         ({"linear_num_key_heads": 8, "linear_key_head_dim": 4}, "heads"),
     ):  # fmt: skip
         change(config, text_config=inner | wrong)
