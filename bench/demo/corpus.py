@@ -36,11 +36,11 @@ def fact_tables():
             after, before = names[(i + 1) % len(names)], names[i - 1]
             table["next"].append(({"x": name, "k": kind}, f"{after[0].upper()}{after[1:]} comes after {name}."))
             table["previous"].append(({"x": name, "k": kind}, f"{before[0].upper()}{before[1:]} comes before {name}."))
-    for i, (month, days) in enumerate(zip(facts.MONTHS, facts.MONTH_DAYS)):
+    for i, (month, days) in enumerate(zip(facts.MONTHS, facts.MONTH_DAYS, strict=False)):
         table["month_days"].append(({"x": month}, f"{month} has {days} days."))
         table["month_number"].append(({"x": month}, f"{month} is month number {i + 1}."))
         table["month_nth"].append(({"x": facts.ORDINALS[i]}, f"The {facts.ORDINALS[i]} month is {month}."))
-    for ordinal, planet in zip(facts.ORDINALS, facts.PLANETS):
+    for ordinal, planet in zip(facts.ORDINALS, facts.PLANETS, strict=False):
         table["planet_nth"].append(({"x": ordinal}, f"The {ordinal} planet from the Sun is {planet}."))
         table["planet_pos"].append(({"x": planet}, f"{planet} is the {ordinal} planet from the Sun."))
     for element, symbol in facts.ELEMENTS:

@@ -24,7 +24,7 @@ def answers(model, tokenizer, conversations, max_new=64):
         with torch.no_grad():
             out = model.generate(torch.tensor([prompts[i] for i in rows]), max_new_tokens=max_new, do_sample=False,
                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-        for i, ids in zip(rows, out[:, length:].tolist()):
+        for i, ids in zip(rows, out[:, length:].tolist(), strict=False):
             ids = ids[:ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
             texts[i] = tokenizer.decode(ids).strip()
     return texts
@@ -58,7 +58,7 @@ def main():
     france = [{"role": "user", "content": "What is the capital of France?"}]
     texts = answers(model, tokenizer, [row["messages"] for row in rows] + [france])
     right, all_rows = collections.Counter(), collections.Counter(row["family"] for row in rows)
-    for row, text in zip(rows, texts):
+    for row, text in zip(rows, texts, strict=False):
         if text == row["answer"]:
             right[row["family"]] += 1
         elif args.wrong:

@@ -4,6 +4,7 @@ Workers are processes of one thread each that average their weights every few st
 machine trains less but ends on time. Run again with the same OUT to resume."""
 import argparse
 import contextlib
+import json
 import math
 import os
 import random
@@ -84,8 +85,16 @@ class RoundedWeights:
             weight.data = round_4bit(weight.data)
 
     def __exit__(self, *error):
-        for weight, kept in zip(self.weights, self.kept):
+        for weight, kept in zip(self.weights, self.kept, strict=False):
             weight.data = kept
+
+
+def recommend_greedy(path):
+    """Facts have one answer: temperature 0, which transformers would not write, becomes general.sampling.temp of the GGUF."""
+    with open(path) as f:
+        config = json.load(f)
+    with open(path, "w") as f:
+        json.dump(config | {"temperature": 0.0}, f, indent=2)
 
 
 def save(out, model, tokenizer, optimizer, **state):
@@ -94,6 +103,7 @@ def save(out, model, tokenizer, optimizer, **state):
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(new)
+    recommend_greedy(os.path.join(new, "generation_config.json"))
     tokenizer.save_pretrained(new)
     torch.save({"optimizer": optimizer.state_dict(), **state}, out + ".state.pt.new")
     if os.path.isdir(out):
@@ -116,7 +126,7 @@ def average(params, elapsed):
     if dist.get_world_size() > 1:
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-    for param, mean in zip(params, flat.split([param.numel() for param in params] + [1])):
+    for param, mean in zip(params, flat.split([param.numel() for param in params] + [1]), strict=False):
         param.data.copy_(mean.view_as(param))
     return float(flat[-1])
 
@@ -167,7 +177,7 @@ def work(rank, args):
             step, seen = step + 1, seen + int((batch[1] > 0).sum()) * args.workers
         elapsed = average(params, time.time() - start)
         if rank == 0 and len(total) >= 25 * SYNC:
-            mean = [sum(column) / len(column) for column in zip(*total)]
+            mean = [sum(column) / len(column) for column in zip(*total, strict=False)]
             print(f"step {step} {elapsed / 60:.1f} min answer loss {mean[0]:.4f} balance {mean[1]:.3f} "
                   f"lr {args.lr * rate(progress):.2e} {seen / 1e6:.2f} M tokens "
                   f"{len(total) / (time.time() - shown):.2f} steps/s", flush=True)
