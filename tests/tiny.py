@@ -207,15 +207,15 @@ def quantisable(t: T) -> bool:
     return len(t.shape) == 2 and min(t.shape) > 1 and t.is_matrix and not t.name.endswith("ffn_gate_inp.weight")
 
 
-def stored(name: str, shape: tuple[int, ...], quant: str, seed: int) -> np.ndarray:
-    """The tensor's bytes in a type other than F32, uint8 [..., bytes per row]."""
+def stored(name: str, shape: tuple[int, ...], quant: str, seed: int, scale: float = 1.0) -> np.ndarray:
+    """The tensor's bytes in a type other than F32, uint8 [..., bytes per row]; `scale` widens its values."""
     raw = gguf.GGMLQuantizationType[quant]
     if quant in ("F16", "BF16"):
-        return gguf.quants.quantize(draw(name, shape, seed), raw)
+        return gguf.quants.quantize(np.float32(scale) * draw(name, shape, seed), raw)
     block, nbytes = gguf.GGML_QUANT_SIZES[raw]
     assert shape[-1] % block == 0, f"{name}: rows of {shape[-1]} do not fit {quant}"
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    blocks = random_blocks(rng, quant, int(np.prod(shape)) // block, deviation(name, shape[-1]))
+    blocks = random_blocks(rng, quant, int(np.prod(shape)) // block, scale * deviation(name, shape[-1]))
     return blocks.reshape(*shape[:-1], shape[-1] // block * nbytes)
 
 
