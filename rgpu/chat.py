@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from .cache import cache_dir
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
     engine = p.add_argument_group("the engine")
     engine.add_argument("--ctx", dest="n_ctx", type=int, metavar="N", help="tokens of context (default: 32768 or the model's)")
-    engine.add_argument("--kv", metavar="TYPE", help="type of the KV cache: f16 (default), f32, q8_0")
+    engine.add_argument("--kv", type=str.lower, metavar="TYPE", help="type of the KV cache: f16 (default), f32, q8_0")
     engine.add_argument("--device", metavar="NAME", help="auto (default), cpu, reference")
     engine.add_argument("--threads", type=int, metavar="N", help="(default: physical cores)")
 
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     terminal = Terminal()
+    warnings.showwarning = lambda message, *_: terminal.note(f"note: {message}")
     interactive = args.prompt is None and terminal.stdin_tty
     if interactive and args.json:
         options.error("--json goes with -p or piped input")
@@ -101,6 +103,10 @@ def open_engine(args: argparse.Namespace, terminal: Terminal):
     from .engine import Engine, EngineConfig, builtin_model
 
     fields = {key: given[key] for key in EngineConfig.__dataclass_fields__ if key in given}
+    if args.model == "":
+        raise RgpuError("-m is empty: name a GGUF, or leave the option out for the built-in model")
+    if args.model and (Path(args.model) / "config.json").is_file():
+        raise RgpuError(f"{args.model} is a model folder: convert it first, with rgpu convert {args.model} OUT.gguf")
     config = EngineConfig(args.model or builtin_model(), **fields)
     engine = Engine(config, terminal.progress)
     found = {field: engine.file.metadata.get(f"general.sampling.{key}") for key, field in RECOMMENDED.items()}
@@ -167,17 +173,17 @@ def converse(args: argparse.Namespace, terminal: Terminal) -> int:
 def turn(chat: Conversation, text: str) -> bool:
     """Obey a command or answer a message; False: leave."""
     terminal = chat.terminal
-    found = re.fullmatch(r"\s*/([a-z]+)(?:\s+(.*?))?\s*", text, re.DOTALL)
+    found = re.fullmatch(r"\s*/([A-Za-z]+|\?)(?:\s+(.*?))?\s*", text, re.DOTALL)
     if not found:
         chat.ask(text)
         if terminal.stderr_tty:
             terminal.note(chat.summary() + "\n", dim=True)
         return True
-    command, operand = found[1], found[2] or ""
+    command, operand = found[1].lower(), found[2] or ""
     match command:
-        case "exit":
+        case "exit" | "quit" | "bye":
             return False
-        case "help":
+        case "help" | "?":
             terminal.note(HELP)
         case "reset":
             chat.reset()

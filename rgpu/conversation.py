@@ -10,9 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .errors import ContextFull, RgpuError
+from .errors import RgpuError
 from .terminal import Answer, Interrupt, Terminal
 
+MAX_SAVED = 64 << 20  # bytes: no conversation is as long
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -40,7 +41,7 @@ class Conversation:
         from .template import ThinkingSplitter, starts_in_thinking
 
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = self.engine.template.render(asked, enable_thinking=self.thinking)
+        prompt = self._render(asked)
         splitter = ThinkingSplitter(starts_in_thinking(prompt))
         answer = self._generate(prompt, Answer(self.terminal, splitter, self.thinking))
         if self.interrupted and not answer.text:
@@ -63,19 +64,18 @@ class Conversation:
         try:
             with Interrupt() as interrupt, contextlib.closing(self.session.generate(tokens, self.params)) as pieces:
                 for piece in pieces:
+                    interrupt.waits = True  # from now on a step is short
                     answer.push(piece.text)
                     if interrupt.requested:
                         self.interrupted = True
                         break
         except KeyboardInterrupt:
             self.interrupted = True
-        except ContextFull as error:
-            raise ContextFull(f"{error}; in the chat: /reset, or --ctx N at the start") from error
         finally:
             answer.end()
         if self.session.stats.stop_reason == "context":
             size = self.engine.n_ctx
-            self.terminal.note(f"note: the context of {size} tokens is full, the answer is cut; /reset, or --ctx N at the start")
+            self.terminal.note(f"note: the context of {size} tokens is full, and the answer is cut")
         return answer
 
     def statistics(self) -> dict:
@@ -113,6 +113,8 @@ class Conversation:
             except RgpuError as error:
                 raise RgpuError(f"{path} exists and is not a saved conversation: choose another name") from error
         text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n"
+        if not path.parent.is_dir():
+            raise RgpuError(f"{path}: there is no folder {path.parent}")
         handle, partial = tempfile.mkstemp(prefix=f"{path.name}.partial-", dir=path.parent)
         try:
             with open(handle, "w", encoding="utf-8", errors="replace") as file:
@@ -126,11 +128,20 @@ class Conversation:
 
     def load(self, path: Path) -> None:
         """Continue the conversation in a file. RgpuError or OSError if there is none; then nothing has changed."""
-        self.messages = read_messages(path)
+        messages = read_messages(path)
+        self._render(messages)  # what the template refuses would block every question after it
+        self.messages = messages
+
+    def _render(self, messages: list[dict]) -> str:
+        return self.engine.template.render(self.engine.tokenizer.guard(messages), enable_thinking=self.thinking)
 
 
 def read_messages(path: Path) -> list[dict]:
     """The messages of a saved conversation, or of any JSON with a list of messages in OpenAI's form."""
+    if path.exists() and not path.is_file():
+        raise RgpuError(f"{path} is no file")
+    if path.exists() and path.stat().st_size > MAX_SAVED:
+        raise RgpuError(f"{path} is no saved conversation: it has {path.stat().st_size} bytes")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -38,6 +38,8 @@ class EngineConfig:
     n_batch: int = 512  # tokens of a prompt that are computed together
 
     def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):
+            raise RgpuError(f"path is {self.path!r}, but must name a file")
         devices = ("auto", *BACKENDS)
         if self.device not in devices:
             raise RgpuError(f"device is '{self.device}', but there are: {', '.join(devices)}")
@@ -62,6 +64,9 @@ class Engine:
         self.file = GGUFFile(config.path)
         try:
             self._open(config, progress)
+        except UnsupportedModel as error:
+            self.file.close()
+            raise UnsupportedModel(f"{config.path}: {error}") from error
         except BaseException:
             self.file.close()
             raise

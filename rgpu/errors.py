@@ -11,8 +11,9 @@ import traceback
 def line(error: BaseException) -> str:
     """What a command prints for an error: one line, behind the traceback if RGPU_DEBUG=1."""
     debug = "".join(traceback.format_exception(error)) if os.environ.get("RGPU_DEBUG") == "1" else ""
-    known = isinstance(error, OSError) and error.filename and error.strerror
-    text = f"{error.filename}: {error.strerror}" if known else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{debug}error: {' '.join(text.split())}"
 
 

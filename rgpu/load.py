@@ -28,13 +28,13 @@ def bind(file: GGUFFile, ops: Ops) -> Bound:
     """Bind a GGUF to its architecture; UnsupportedModel names all that is missing, misshapen, unknown or of an unknown type."""
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
-        raise UnsupportedModel(f"{file.path} has no general.architecture: it is not a model (a vocabulary or projector file?)")
+        raise UnsupportedModel("no general.architecture: this is not a model (a vocabulary or projector file?)")
     cls = for_gguf(arch)
     if "token_embd.weight" not in file.tensors:
-        raise UnsupportedModel(f"{file.path} has no token_embd.weight: it holds no weights (only a vocabulary?)")
+        raise UnsupportedModel("no token_embd.weight: the file holds no weights (only a vocabulary?)")
     hp = cls.hparams(file.metadata, file.tensors["token_embd.weight"].shape[0])
     if hp.n_layer > len(file.tensors):
-        raise UnsupportedModel(f"{file.path} claims {hp.n_layer} layers, but holds {len(file.tensors)} tensors")
+        raise UnsupportedModel(f"the file claims {hp.n_layer} layers, but holds {len(file.tensors)} tensors")
     table = [t for t in cls.tensors(hp) if not t.mtp]
     dense = [t for t in table if not t.experts]
     problems = [*_settings(file, arch), *misfits(dense, {name: info.shape for name, info in file.tensors.items()})]
@@ -48,7 +48,7 @@ def bind(file: GGUFFile, ops: Ops) -> Bound:
     if problems:
         more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
         plural = "problem" if len(problems) == 1 else "problems"
-        raise UnsupportedModel(f"{file.path} does not fit {arch}, {len(problems)} {plural}: " + "; ".join(problems[:8]) + more)
+        raise UnsupportedModel(f"does not fit {arch}, {len(problems)} {plural}: " + "; ".join(problems[:8]) + more)
 
     bound = {t.name: _tensor(file, stored[t.name], ops, t) for t in dense}
     layers = [Layer(i, cls.layer_kind(hp, i), _own(bound, i)) for i in range(hp.n_layer)]

@@ -7,6 +7,7 @@ recurrent layers can't be cut back to an arbitrary position, so snapshots are ke
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,10 @@ class Session:
         Raises ContextFull if they do not fit, RgpuError for an id outside the vocabulary or an empty list. A forward that is
         broken off (Ctrl-C, an error) leaves the session at its latest snapshot.
         """
-        tokens = [int(token) for token in tokens]
+        self._answer = None  # an answer that was under way can't go on behind other tokens
+        return self._extend(_ids(tokens), all)
+
+    def _extend(self, tokens: list[int], all: bool = False) -> np.ndarray:
         self._check(tokens, len(self.tokens))
         try:
             logits = self.engine.executor.forward(self.state, tokens, all)
@@ -85,6 +89,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything, also the snapshots."""
+        self._answer = None
         self.snapshots.clear()
         self._cut(0)
 
@@ -100,9 +105,11 @@ class Session:
                 raise RgpuError(f"token id {token} is outside the vocabulary of {n_vocab}")
         needed = kept + len(tokens)
         if needed > self.state.n_ctx:
+            trained, larger = self.engine.hparams.n_ctx_train, ""
+            if self.state.n_ctx < trained:
+                larger = f", or open the model with a larger context (n_ctx, --ctx: up to {trained}, as trained)"
             raise ContextFull(
-                f"{needed} tokens do not fit the context of {self.state.n_ctx}: shorten or reset the conversation, "
-                f"or open the model with a larger context (trained for {self.engine.hparams.n_ctx_train})"
+                f"{needed} tokens do not fit the context of {self.state.n_ctx}: shorten or reset the conversation{larger}"
             )
 
     # ---- prefix reuse ----
@@ -134,9 +141,9 @@ class Session:
         start, eog = len(self.tokens), self.engine.tokenizer.eog
         ends = [start + i + 1 for i, token in enumerate(tokens[:-1]) if token in eog]
         for end in sorted({*ends[:1], *ends[-1:]}):
-            self.forward(tokens[len(self.tokens) - start : end - start])
+            self._extend(tokens[len(self.tokens) - start : end - start])
             self._remember()
-        return self.forward(tokens[len(self.tokens) - start :])
+        return self._extend(tokens[len(self.tokens) - start :])
 
     def _remember(self) -> None:
         if self.state.recurrent and all(s.n_past != self.state.n_past for s in self.snapshots):
@@ -152,10 +159,12 @@ class Session:
         """Token ids of a prompt: ids as they are, a text, or messages through the model's chat template."""
         if isinstance(prompt, str):
             return self.engine.tokenizer.encode(prompt, bos=True)
-        if len(prompt) and isinstance(prompt[0], Mapping):
-            text = self.engine.template.render(prompt, tools=tools, enable_thinking=enable_thinking)
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            # What people wrote must not end their turn and begin another.
+            messages = self.engine.tokenizer.guard(prompt)
+            text = self.engine.template.render(messages, tools=tools, enable_thinking=enable_thinking)
             return self.engine.tokenizer.encode(text, bos=True)
-        return [int(token) for token in prompt]
+        return _ids(prompt)
 
     def generate(
         self,
@@ -171,6 +180,8 @@ class Session:
         Closing the iterator early is fine: what was generated stays in memory for the next prompt to share.
         """
         params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RgpuError(f"params is {params!r}, but must be SamplingParams(...)")
         tokens = self.encode(prompt, tools, enable_thinking)
         return self._generate(tokens, params, Sampler(params, self.engine.hparams.n_vocab))
 
@@ -208,9 +219,21 @@ class Session:
             if stats.generated_tokens == params.max_tokens or len(self.tokens) >= self.state.n_ctx:
                 stats.stop_reason = "length" if stats.generated_tokens == params.max_tokens else "context"
                 break
-            logits = self.forward([sample.id])
+            logits = self._extend([sample.id])
         # Text held back: the start of a stop string that did not come, or half a character.
         text, stopped = stops.push(decoder.flush())
         held = text + ("" if stopped else stops.flush())
         if held:
             yield Piece(held, -1)
+
+
+def _ids(tokens) -> list[int]:
+    """Token ids as plain integers; RgpuError for what is no list of them."""
+    try:
+        if isinstance(tokens, str | bytes | Mapping):
+            raise TypeError
+        return [index(token) for token in tokens]
+    except TypeError:
+        found = repr(tokens)
+        found = found if len(found) <= 60 else found[:60] + "…"
+        raise RgpuError(f"{found} is no list of token ids (generate also takes a text or a list of messages)") from None

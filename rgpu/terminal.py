@@ -191,10 +191,13 @@ class Answer:
 
 
 class Interrupt:
-    """While it is entered, the first Ctrl-C only sets `requested`, so that no step of the model is torn; the second raises."""
+    """While it is entered, Ctrl-C raises; once `waits` is set, the first only sets `requested`, so that no step is torn.
+
+    A prompt may take minutes, and breaking it off costs no more than computing it again from the last message on.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.requested = self.waits = False
 
     def __enter__(self) -> "Interrupt":
         self._before = signal.signal(signal.SIGINT, self._on_signal)
@@ -204,6 +207,6 @@ class Interrupt:
         signal.signal(signal.SIGINT, self._before)
 
     def _on_signal(self, number, frame) -> None:
-        if self.requested:
+        if self.requested or not self.waits:
             raise KeyboardInterrupt
         self.requested = True

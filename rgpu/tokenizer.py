@@ -6,7 +6,7 @@ generation, and decoding that never cuts a character. How text is cut before mer
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from .gguf.reader import GGUFFile
 from .pretokenizers import PRETOKENIZERS, PreTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type, as llama.cpp counts
+
+GUARD = "\ufdd0"  # a code point that is no character (Unicode, section 23.7); see Tokenizer.guard
 
 # Texts at which a generation ends, whatever the metadata names (llama.cpp's list).
 END_TEXTS = frozenset((
@@ -60,6 +62,7 @@ class Tokenizer:
         self._added = self._take_apart()
         self._cut_all = _cut(self._added)
         self._cut_plain = _cut(text for text, id in self._added.items() if self._types[id] == USER_DEFINED)
+        self._control = _cut(text for text, id in self._added.items() if self._types[id] == CONTROL)
         self._bpe = _build(self._vocabulary, merges, rules)
 
         self.n_vocab = len(self._tokens)
@@ -103,6 +106,18 @@ class Tokenizer:
         except TokenizerError as error:
             raise TokenizerError(f"{file.path}: {error}") from error
 
+    def guard(self, value):
+        """Messages (or any nest of lists, dicts and texts) in which no text can become a control token when it is encoded.
+
+        A mark that is no character goes into each control token's text; `encode` takes it out again. For what comes from
+        outside, before a chat template puts real control tokens around it.
+        """
+        if isinstance(value, str):
+            return self._control.sub(lambda found: found[0][0] + GUARD + found[0][1:], value.replace(GUARD, ""))
+        if isinstance(value, Mapping):
+            return {key: self.guard(entry) for key, entry in value.items()}
+        return [self.guard(entry) for entry in value] if isinstance(value, list | tuple) else value
+
     def encode(self, text: str, special: bool = True, bos: bool = False) -> list[int]:
         """Token ids of a text.
 
@@ -114,7 +129,7 @@ class Tokenizer:
         for index, part in enumerate((self._cut_all if special else self._cut_plain).split(text)):
             if index % 2:
                 ids.append(self._added[part])
-            elif part:
+            elif part := part.replace(GUARD, ""):
                 ids += self._bpe.encode(part, add_special_tokens=False).ids
         if bos and self.add_bos and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)

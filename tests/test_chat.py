@@ -152,7 +152,7 @@ def test_a_model_without_template_continues_the_text(base_model, monkeypatch, ca
 def test_a_full_context_says_so(model, monkeypatch, capsys):
     asked = ["-m", str(model), *PLAIN, "-p", "the quick brown fox jumps over the lazy dog"]
     code, out, err = call(monkeypatch, capsys, *asked, "--ctx", "9")
-    assert (code, out) == (1, "") and re.fullmatch(r"error: \d+ tokens do not fit the context of 9: .*--ctx N.*\n", err)
+    assert (code, out) == (1, "") and re.fullmatch(r"error: \d+ tokens do not fit the context of 9: .*--ctx.*\n", err)
     code, out, err = call(monkeypatch, capsys, *asked, "--ctx", "64", "--json")
     assert code == 0 and "the context of 64 tokens is full" in err
     assert json.loads(out.splitlines()[-1])["stop_reason"] == "context"
@@ -239,7 +239,7 @@ def test_a_conversation_is_saved_whole_and_replaces_only_its_like(engine, tmp_pa
     notes.write_text("mine")
     with pytest.raises(RgpuError, match="not a saved conversation"):
         conversation.save(notes)
-    with pytest.raises(OSError):
+    with pytest.raises(RgpuError, match="there is no folder"):
         conversation.save(tmp_path / "nowhere" / "c.json")
     assert notes.read_text() == "mine" and sorted(p.name for p in tmp_path.iterdir()) == ["c.json", "notes.txt"]
 
@@ -253,3 +253,36 @@ def test_what_is_no_conversation_is_not_loaded(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(RgpuError):
         read_messages(path)
+
+
+def test_files_that_are_no_conversation_are_refused_at_once(tmp_path):
+    for path, text in ((Path("/dev/zero"), "is no file"), (tmp_path, "is no file")):
+        with pytest.raises(RgpuError, match=text):
+            read_messages(path)
+    large = tmp_path / "large.json"
+    with large.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(RgpuError, match="bytes"):
+        read_messages(large)
+
+
+def test_what_a_template_refuses_is_not_loaded(engine, tmp_path, monkeypatch):
+    conversation = Conversation(engine, SamplingParams(), Terminal())
+    conversation.messages = [{"role": "user", "content": "kept"}]
+    saved = tmp_path / "c.json"
+    saved.write_text('[{"role": "user", "content": "x"}]')
+
+    def refuse(messages, **variables):
+        raise RgpuError("refused")
+
+    monkeypatch.setattr(engine.template, "render", refuse)
+    with pytest.raises(RgpuError, match="refused"):
+        conversation.load(saved)
+    assert conversation.messages == [{"role": "user", "content": "kept"}]
+
+
+def test_empty_and_hub_paths_are_explained(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name, words in (("", "-m is empty"), (str(tmp_path), "convert it first")):
+        code, out, err = call(monkeypatch, capsys, "-m", name, "-p", "hi")
+        assert (code, out) == (1, "") and err.startswith("error: ") and words in err

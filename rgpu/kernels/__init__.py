@@ -7,6 +7,7 @@ types a model needs, before the first token; a call with another type's tag is a
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 
 # Threads that meet at the end of a parallel loop spin for some microseconds, then sleep. GNU OpenMP's default is to spin for
@@ -54,14 +55,29 @@ def _build(jobs: list[tuple], progress) -> None:
         if signature in dispatcher.overloads:
             continue
         name = " ".join([dispatcher.py_func.__name__, *(type(tag).__name__ for tag in tags)])
-        dispatcher.disable_compile(False)
-        try:
-            with event.install_listener("numba:compile", _Announce(progress, done, len(jobs), name)):
-                dispatcher.compile(signature)
-        finally:
-            dispatcher.disable_compile()
+        with event.install_listener("numba:compile", _Announce(progress, done, len(jobs), name)):
+            _compile(dispatcher, signature)
     if progress:
         progress(len(jobs), len(jobs), "")
+
+
+def _compile(dispatcher, signature) -> None:
+    """Load a kernel from the cache or compile it; a cache that is damaged or can't be written costs time, never the start."""
+    dispatcher.disable_compile(False)
+    try:
+        try:
+            dispatcher.compile(signature)
+        except OSError as error:
+            if signature not in dispatcher.overloads:  # reading failed, not keeping
+                raise
+            folder = numba.config.CACHE_DIR
+            warnings.warn(f"kernels can't be kept in {folder} ({error.strerror}): they are compiled at every start", stacklevel=4)
+        except Exception:
+            dispatcher._cache.flush()  # a write that was cut off: forget what is kept of this kernel
+            dispatcher.compile(signature)
+    finally:
+        if dispatcher.signatures:  # none after a Ctrl-C
+            dispatcher.disable_compile()
 
 
 class _Announce(event.Listener):

@@ -148,8 +148,9 @@ class Numbers:
 
     def demand(self, key: str, sensible: bool, found) -> None:
         """Note that `key` makes no sense, unless it does."""
-        if not sensible:
-            self.problems.append(f"{self.arch}.{key} makes no sense: {found}")
+        key = f"{self.arch}.{key}"
+        if not sensible and not any(problem.startswith(f"{key} ") for problem in self.problems):
+            self.problems.append(f"{key} makes no sense: {found}")
 
 
 class Model:

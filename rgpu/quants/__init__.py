@@ -37,22 +37,25 @@ def _source_hash() -> str:
 def _kernel_folder() -> Path:
     """Where kernels of these very sources are kept; a folder of this process alone, with a warning, if that can't be written."""
     folder = cache_dir() / f"numba-{_source_hash()}"
+    if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK):
+        with contextlib.suppress(OSError):  # it may be complete and read-only
+            os.utime(folder)  # this start
+        return folder
     try:
-        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # this start
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
-        warnings.warn(f"kernels will be compiled at every start ({error}): set RGPU_CACHE_DIR to a writable folder", stacklevel=2)
+        warnings.warn(
+            f"kernels can't be kept in {folder.parent} ({error.strerror}): they are compiled at every start; "
+            "set RGPU_CACHE_DIR to a writable folder",
+            stacklevel=2,
+        )
         folder = Path(tempfile.mkdtemp(prefix="rgpu-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return folder
-    if new:
-        for other in folder.parent.glob("numba-*"):
-            with contextlib.suppress(OSError):  # another process may be cleaning up too
-                if time.time() - other.stat().st_mtime > STALE:
-                    shutil.rmtree(other, ignore_errors=True)
+    for other in folder.parent.glob("numba-*"):
+        with contextlib.suppress(OSError):  # another process may be cleaning up too
+            if time.time() - other.stat().st_mtime > STALE:
+                shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
