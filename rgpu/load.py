@@ -78,8 +78,8 @@ def _types(weights) -> frozenset[str]:
 def _own(bound: dict, index: int) -> dict:
     """The tensors of one block under their short names: blk.3.attn_q.weight -> attn_q, blk.0.ssm_dt.bias -> ssm_dt_bias."""
     prefix = f"blk.{index}."
-    names = [name for name in bound if name.startswith(prefix)]
-    return {name.removeprefix(prefix).removesuffix(".weight").replace(".", "_"): bound[name] for name in names}
+    mine = {name.removeprefix(prefix): value for name, value in bound.items() if name.startswith(prefix)}
+    return {name.removesuffix(".weight").replace(".", "_"): value for name, value in mine.items()}
 
 
 def _tensor(file: GGUFFile, name: str, ops: Ops, t: T):
