@@ -97,13 +97,17 @@ class Terminal:
     def read_message(self) -> str:
         """What the user enters: a line; lines that end in a backslash and the next; or all between two \"\"\".
 
-        Raises EOFError for Ctrl-D and KeyboardInterrupt for Ctrl-C.
+        Raises EOFError for Ctrl-D (inside \"\"\" it only drops the message) and KeyboardInterrupt for Ctrl-C.
         """
         text = self._read_line("> ")
         if text.startswith('"""'):
             text = text[3:]
-            while not text.rstrip().endswith('"""'):
-                text += "\n" + self._read_line("... ")
+            try:
+                while not text.rstrip().endswith('"""'):
+                    text += "\n" + self._read_line("... ")
+            except EOFError:  # Ctrl-D inside a message: never mind the message
+                self.note()
+                return ""
             return text.rstrip()[:-3].strip("\n")
         while text.endswith("\\"):
             text = text[:-1] + "\n" + self._read_line("... ")
