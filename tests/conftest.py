@@ -1,10 +1,13 @@
-"""Fixtures that several test files use: the folder of shared reference data, where there is one."""
+"""Fixtures that several test files use: the shared reference data, where there is any, and a model to talk to."""
 
 import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from rgpu.engine import Engine
+from tests.program import never_ending
 
 # The same examples on every run, and no deadline on a busy machine: a failure means a change.
 settings.register_profile("steady", deadline=None, derandomize=True)
@@ -18,3 +21,21 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs the shared reference data: set RGPU_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A tiny random model that answers until it is stopped; test files with models of their own override these three."""
+    return never_ending(tmp_path_factory.mktemp("chat") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    """The same without a chat template."""
+    return never_ending(tmp_path_factory.mktemp("chat") / "base.gguf", **{"tokenizer.chat_template": None})
+
+
+@pytest.fixture(scope="session")
+def engine(model):
+    with Engine.open(model, device="reference") as engine:
+        yield engine

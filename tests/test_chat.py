@@ -21,28 +21,12 @@ from rgpu.errors import RgpuError
 from rgpu.sampler import SamplingParams
 from rgpu.terminal import Terminal
 from tests import tiny
-from tests.program import PLAIN, ROOT, command, expected_answer, never_ending, run
+from tests.program import PLAIN, ROOT, command, expected_answer, run
 
 STATISTICS = [
     "prompt_tokens", "reused_tokens", "generated_tokens", "ttft_s", "prefill_tok_s", "decode_tok_s", "peak_memory_bytes",
     "stop_reason", "model", "device",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return never_ending(tmp_path_factory.mktemp("chat") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def base_model(tmp_path_factory) -> Path:
-    return never_ending(tmp_path_factory.mktemp("chat") / "base.gguf", **{"tokenizer.chat_template": None})
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with Engine.open(model, device="reference") as engine:
-        yield engine
 
 
 def call(monkeypatch, capsys, *arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:

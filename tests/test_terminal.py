@@ -4,31 +4,12 @@ import json
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from rgpu.engine import Engine
 from rgpu.template import ThinkingSplitter
 from rgpu.terminal import Answer, Interrupt, Terminal
-from tests.program import ESCAPES, Keyboard, expected_answer, never_ending
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return never_ending(tmp_path_factory.mktemp("chat") / "tiny.gguf")
-
-
-@pytest.fixture(scope="module")
-def base_model(tmp_path_factory) -> Path:
-    return never_ending(tmp_path_factory.mktemp("chat") / "base.gguf", **{"tokenizer.chat_template": None})
-
-
-@pytest.fixture(scope="module")
-def engine(model):
-    with Engine.open(model, device="reference") as engine:
-        yield engine
-
+from tests.program import ESCAPES, Keyboard, expected_answer
 
 # ---- parts ----
 
