@@ -96,11 +96,12 @@ class Conversation:
 
     def summary(self) -> str:
         """The same in one line for a reader."""
-        s = self.statistics()
+        s, read_bytes = self.statistics(), self.session.stats.read_bytes
         why = {"length": ", cut by --max-tokens", "context": ", context full", "interrupt": ", stopped"}
+        read = f"; {read_bytes / 1e9:.2f} GB read from storage" if read_bytes else ""
         return (
             f"{s['generated_tokens']} tokens, {s['decode_tok_s']:.1f}/s{why.get(s['stop_reason'], '')}; prompt "
-            f"{s['prompt_tokens']} tokens, {s['reused_tokens']} reused; first token after {s['ttft_s']:.2f} s"
+            f"{s['prompt_tokens']} tokens, {s['reused_tokens']} reused; first token after {s['ttft_s']:.2f} s{read}"
         )
 
     # ---- files ----

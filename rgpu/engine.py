@@ -73,7 +73,7 @@ class Engine:
 
     def _open(self, config: EngineConfig, progress) -> None:
         ops = _backend(config)
-        bound = load.bind(self.file, ops)
+        bound = load.bind(self.file, ops, config.n_batch)
         hp = self.hparams = bound.model.hp
         self.n_ctx = config.n_ctx or min(N_CTX, hp.n_ctx_train)
         if self.n_ctx > hp.n_ctx_train:

@@ -5,6 +5,7 @@ Owns the workspace, one for all sessions of an engine: one forward runs at a tim
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from .models.base import Model
 from .ops import Array, Ops
 from .state import State
 
+STEP = 8  # tokens of a decode step, at most: one, or a window that is verified
 LOGIT_ROWS = 16  # rows of logits at a time when all are wanted: 16 MB at 248,320 tokens
 
 
@@ -42,7 +44,8 @@ class Run:
     def __init__(self, ops: Ops, workspace: Workspace, state: State, experts, rope_freqs: Array, n: int):
         self.ops, self.state, self.experts, self.rope_freqs = ops, state, experts, rope_freqs
         self.ws = workspace.view(n)
-        self.ids, self.weights, self.pos = workspace.ids[:n], workspace.weights[:n], workspace.pos
+        self.tokens, self.pos = workspace.tokens[:n], workspace.pos
+        self.ids, self.weights = workspace.ids[:n], workspace.weights[:n]
 
 
 class Executor:
@@ -80,12 +83,31 @@ class Executor:
 
     def _chunk(self, state: State, chunk: Sequence[int], n_logits: int) -> list[np.ndarray]:
         """Run up to n_batch tokens; logits of the last `n_logits`, in pieces of LOGIT_ROWS."""
-        n, ops, model, work = len(chunk), self.ops, self.model, self.workspace
+        n, ops, work = len(chunk), self.ops, self.workspace
         ops.copy(work.tokens[:n], ops.upload(np.asarray(chunk, np.int32)))
         ops.copy(work.pos, ops.upload(np.array([state.n_past], np.int32)))
         run = Run(ops, work, state, self.experts, self.rope_freqs, n)
-        ws = run.ws
-        ops.embed(ws.x, model.token_embd, work.tokens[:n])
+        ends = [*range(n - n_logits, n, LOGIT_ROWS), n]
+        pieces = list(pairwise(ends))
+        rows = []
+        with self.experts.readahead:
+            if self.trace:
+                self._layers(run)
+            else:
+                # Steps come back; chunks of a prompt do so rarely. The logits of one token belong to what is recorded.
+                key = (state.key, n, n_logits == 1) if n <= STEP else None
+                ops.replay(key, lambda: self._layers(run, pieces if n_logits == 1 else ()))
+            for first, end in pieces:
+                if n_logits > 1 or self.trace:
+                    self._logits(run, first, end)
+                rows.append(ops.to_host(work.logits[: end - first]))
+        state.advance(n)
+        return rows
+
+    def _layers(self, run: Run, pieces: Sequence[tuple[int, int]] = ()) -> None:
+        """Embedding, layers, and the logits of these ranges of rows."""
+        ops, model, ws = self.ops, self.model, run.ws
+        ops.embed(ws.x, model.token_embd, run.tokens)
         for layer in model.layers:
             model.mix(run, layer)
             self._observe(layer, "mix", ws.out)
@@ -94,15 +116,15 @@ class Executor:
             self._observe(layer, "ffn", ws.out)
             ops.add(ws.x, ws.out)
             self._observe(layer, "out", ws.x)
-        rows = []
-        for first in range(n - n_logits, n, LOGIT_ROWS):
-            x = ws.x[first : min(first + LOGIT_ROWS, n)]
-            h, logits = ws.h[: len(x)], work.logits[: len(x)]
-            ops.rms_norm(h, x, model.output_norm, model.hp.norm_rms_eps)
-            ops.matmul(logits, model.output, h)
-            rows.append(ops.to_host(logits))
-        state.advance(n)
-        return rows
+        for first, end in pieces:
+            self._logits(run, first, end)
+
+    def _logits(self, run: Run, first: int, end: int) -> None:
+        """workspace.logits = those of rows first..end of x."""
+        ops, model, ws = self.ops, self.model, run.ws
+        h = ws.h[: end - first]
+        ops.rms_norm(h, ws.x[first:end], model.output_norm, model.hp.norm_rms_eps)
+        ops.matmul(self.workspace.logits[: end - first], model.output, h)
 
     def _observe(self, layer, part: str, x: Array) -> None:
         if self.trace:

@@ -1,5 +1,6 @@
 """A file becomes a bound model on a backend: every tensor found, checked and handed over; every problem reported at once."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +11,10 @@ from .gguf.layout import ExpertTensors, find_experts
 from .gguf.reader import GGUFFile
 from .models import for_gguf
 from .models.base import HParams, Layer, Model, T, misfits
-from .ops import Bank, Needs, Ops, Slots, Weight
+from .ops import Array, Bank, Needs, Ops, Slots, Weight
 from .quants import TYPES
 from .residency.experts import MappedExperts
+from .residency.readahead import PageCache, ReadAhead, supported
 
 
 @dataclass
@@ -21,11 +23,14 @@ class Bound:
 
     model: Model
     experts: MappedExperts
-    types: dict[str, frozenset[str]]  # "matrices", "embeddings", "experts": names of the types in use
+    types: dict[str, frozenset]  # names of the types in use, by the fields of Needs
 
 
-def bind(file: GGUFFile, ops: Ops) -> Bound:
-    """Bind a GGUF to its architecture; UnsupportedModel names all that is missing, misshapen, unknown or of an unknown type."""
+def bind(file: GGUFFile, ops: Ops, n_batch: int) -> Bound:
+    """Bind a GGUF to its architecture, for chunks of up to `n_batch` tokens.
+
+    UnsupportedModel names all that is missing, misshapen, unknown or of an unknown type.
+    """
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise UnsupportedModel("no general.architecture: this is not a model (a vocabulary or projector file?)")
@@ -59,8 +64,12 @@ def bind(file: GGUFFile, ops: Ops) -> Bound:
         "matrices": _types([*matrices, model.output]),
         "embeddings": _types([model.token_embd]),
         "experts": _types([part for bank in banks for part in bank]),
+        "gate_up": frozenset((type(bank.gate.quant).__name__, type(bank.up.quant).__name__) for bank in banks),
+        "down": _types([bank.down for bank in banks]),
     }
-    return Bound(model, MappedExperts(ops, banks, hp.n_expert), used)
+    boxes = ops.empty((hp.n_layer, 2 + n_batch * hp.n_expert_used), np.int32)
+    readahead = _readahead(file, boxes, banks, model)
+    return Bound(model, MappedExperts(ops, banks, hp.n_expert, boxes, readahead), used)
 
 
 def needs(bound: Bound, n_tokens: int, kv: str) -> Needs:
@@ -95,6 +104,15 @@ def _bank(file: GGUFFile, ops: Ops, experts: ExpertTensors) -> Bank:
     """A layer's experts where the mapped shards have them."""
     shards = tuple(ops.upload(file.mapping(i)) for i in range(len(file.paths)))
     return Bank(*(Slots(TYPES[m.quant], m.shape, shards, m.shard, m.offset) for m in experts))
+
+
+def _readahead(file: GGUFFile, boxes: Array, banks: list[Bank], model: Model) -> AbstractContextManager:
+    """Requests for what a forward will read; none where the system takes none."""
+    if not supported():
+        return nullcontext()
+    matrices = [[w for w in layer.tensors.values() if isinstance(w, Weight)] for layer in model.layers]
+    dense = [[(w.address, w.data.nbytes) for w in each] for each in (*matrices, [model.output])]
+    return ReadAhead(PageCache(file.paths), boxes, banks, dense)
 
 
 # ---- what can be wrong with a file: each of these adds texts to one list ----

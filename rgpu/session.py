@@ -4,6 +4,7 @@ Callers hand over the full token list every time; the session finds the common p
 recurrent layers can't be cut back to an arbitrary position, so snapshots are kept at message boundaries.
 """
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Stats:
     prefill_s: float = 0.0
     ttft_s: float = 0.0  # from the call to the first token
     decode_s: float = 0.0  # from the first token to the last
+    read_bytes: int = 0  # that the process read from storage meanwhile; Linux only
     stop_reason: str = ""  # "eog", "length", "stop", "context", or "" while it runs or was broken off
 
     @property
@@ -186,7 +188,7 @@ class Session:
         return self._generate(tokens, params, Sampler(params, self.engine.hparams.n_vocab))
 
     def _generate(self, tokens: list[int], params: SamplingParams, sampler: Sampler) -> Iterator[Piece]:
-        began = time.perf_counter()
+        began, read = time.perf_counter(), _read_bytes()
         tokenizer = self.engine.tokenizer
         stats = self.stats = Stats(prompt_tokens=len(tokens))
         self._check(tokens)  # before anything in memory is given up
@@ -194,7 +196,7 @@ class Session:
         rest = self.sync(tokens)
         stats.reused_tokens = len(tokens) - len(rest)
         logits = self._prefill(rest)
-        stats.prefill_s = time.perf_counter() - began
+        stats.prefill_s, stats.read_bytes = time.perf_counter() - began, _read_bytes() - read
         decoder, stops = tokenizer.stream(), StopStrings(params.stop)
         first = None
         while True:
@@ -204,7 +206,7 @@ class Session:
             sample = sampler.sample(logits, self.tokens)
             now = time.perf_counter()
             first = first or now
-            stats.ttft_s, stats.decode_s = first - began, now - first
+            stats.ttft_s, stats.decode_s, stats.read_bytes = first - began, now - first, _read_bytes() - read
             stats.generated_tokens += 1
             if sample.id in tokenizer.eog:
                 stats.stop_reason = "eog"
@@ -225,6 +227,15 @@ class Session:
         held = text + ("" if stopped else stops.flush())
         if held:
             yield Piece(held, -1)
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has had read from storage so far, pages of mapped files included."""
+    if sys.platform != "linux":
+        return 0  # others count operations, or nothing
+    import resource
+
+    return 512 * resource.getrusage(resource.RUSAGE_SELF).ru_inblock
 
 
 def _ids(tokens) -> list[int]:

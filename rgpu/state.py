@@ -26,6 +26,7 @@ class State:
     def __init__(self, model, ops: Ops, kv: tuple, n_ctx: int):
         hp = model.hp
         self.ops, self.n_ctx, self.n_past = ops, n_ctx, 0
+        self.key = object()  # stands for these arrays in what is recorded
         self.layers, self.recurrent = [], []
 
         def cache(head_dim):

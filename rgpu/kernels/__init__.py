@@ -1,41 +1,60 @@
 """By which loops: the Numba kernels of the CPU backend, one module per family.
 
-A kernel takes the tags of the types it reads, then addresses (int64) and sizes (int64, float64): no arrays, so that a call
-costs little and a recorded step can repeat it. Its argument list is declared with it, so that it is compiled for exactly the
-types a model needs, before the first token; a call with another type's tag is an error instead of a silent compilation.
+A kernel takes the tags of the types it reads, then addresses and sizes (int64), then at most one float64, and last which part
+of the work to do and of how many: no arrays and no threads of its own, so that a recorded row can repeat it (pool.py). Its
+argument list is declared with it, so that it is compiled for exactly the types a model needs, before the first token.
 """
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable
+from threading import Lock
 
-# Threads that meet at the end of a parallel loop spin for some microseconds, then sleep. GNU OpenMP's default is to spin for
-# milliseconds, which on a machine with another busy process costs three times the whole step. Read when the pool starts.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-import numba  # noqa: E402
+import numba
 from numba.core import event
 from numba.extending import register_jitable
 
 from ..quants.blocks import FASTMATH
+from .pool import LOOPS, Pool, shape_of
 
-_building = threading.Lock()  # the permission to compile is a flag of the kernel, which all threads share
+_building = Lock()  # the permission to compile is a flag of the kernel, which all threads share
 
-# A piece of a kernel: compiled into it, with a kernel's floating-point rules (they do not carry over by themselves). Bodies of
-# parallel loops are such pieces too, because Numba's parallel pass may drop writes through an address as dead.
+# A piece of a kernel: compiled into it, with a kernel's floating-point rules (they do not carry over by themselves).
 piece = register_jitable(fastmath=FASTMATH, error_model="numpy")
 
 
-def kernel(arguments: str, parallel: bool = False) -> Callable:
-    """Decorate a kernel; `arguments` has a letter each: q a type's tag, i an int64 (address, size), f a float64."""
+class Kernel:
+    """A compiled loop. Called from Python, it does all of its work as one part."""
 
-    def decorate(function):
-        dispatcher = numba.njit(nogil=True, cache=True, parallel=parallel, fastmath=FASTMATH, error_model="numpy")(function)
-        dispatcher.arguments = arguments
-        return dispatcher
+    def __init__(self, function: Callable, arguments: str):
+        self.dispatcher = numba.njit(nogil=True, cache=True, fastmath=FASTMATH, error_model="numpy")(function)
+        self.name, self.arguments, self.shape = function.__name__, arguments, shape_of(arguments)
+        self.addresses: dict[tuple[str, ...], int] = {}
 
-    return decorate
+    def __call__(self, *arguments) -> None:
+        self.dispatcher(*arguments, 0, 1)
+
+    def signature(self, tags: Iterable[tuple]) -> tuple:
+        """The types of its arguments when it is compiled for these tags."""
+        tag_types = iter([numba.typeof(tag) for tag in tags])
+        letters = {"i": numba.int64, "f": numba.float64}
+        return (*(next(tag_types) if a == "q" else letters[a] for a in self.arguments), numba.int64, numba.int64)
+
+    def address(self, *tags: tuple) -> int:
+        """Where the native code for these tags lies; it must have been built."""
+        names = tuple(type(tag).__name__ for tag in tags)
+        if names not in self.addresses:
+            compiled = self.dispatcher.overloads[self.signature(tags)]
+            self.addresses[names] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+        return self.addresses[names]
+
+
+def kernel(arguments: str) -> Callable:
+    """Decorate a kernel; `arguments` has a letter each: q a type's tag, i an int64 (address, size), f a float64.
+
+    The function's last two parameters, which have no letter, are `part` and `parts`.
+    """
+    return lambda function: Kernel(function, arguments)
 
 
 def build(needed: Iterable[tuple], progress: Callable[[int, int, str], None] | None = None) -> None:
@@ -48,15 +67,16 @@ def build(needed: Iterable[tuple], progress: Callable[[int, int, str], None] | N
 
 
 def _build(jobs: list[tuple], progress) -> None:
-    for done, (dispatcher, *tags) in enumerate(jobs):
-        tag_types = iter(numba.typeof(tag) for tag in tags)
-        letters = {"i": numba.int64, "f": numba.float64}
-        signature = tuple(next(tag_types) if a == "q" else letters[a] for a in dispatcher.arguments)
-        if signature in dispatcher.overloads:
+    for done, (kernel, *tags) in enumerate(jobs):
+        signature = kernel.signature(tags)
+        if signature in kernel.dispatcher.overloads:
             continue
-        name = " ".join([dispatcher.py_func.__name__, *(type(tag).__name__ for tag in tags)])
+        name = " ".join([kernel.name, *(type(tag).__name__ for tag in tags)])
         with event.install_listener("numba:compile", _Announce(progress, done, len(jobs), name)):
-            _compile(dispatcher, signature)
+            _compile(kernel.dispatcher, signature)
+    for loop, n in LOOPS:
+        if not loop.signatures:
+            _compile(loop, (numba.int64,) * n)
     if progress:
         progress(len(jobs), len(jobs), "")
 
@@ -96,11 +116,8 @@ class _Announce(event.Listener):
 
 
 def most_threads() -> int:
-    """The threads that Numba's pool has: one for each processor this process may use."""
-    return numba.config.NUMBA_NUM_THREADS
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_threads(n: int) -> None:
-    """How many threads the parallel loops of the calling thread use from now on; it is not set back."""
-    if numba.get_num_threads() != n:  # asking is cheaper than telling: 4 microseconds, a quarter of a small kernel
-        numba.set_num_threads(n)
+__all__ = ["Kernel", "Pool", "build", "kernel", "most_threads", "piece"]

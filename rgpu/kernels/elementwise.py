@@ -1,88 +1,165 @@
-"""The small verbs: rows of floats in, rows of floats out. Serial: the longest touches a few MB, a barrier costs as much.
+"""The small verbs: rows of floats in, rows of floats out, a row at a time by whichever part it falls to.
 
-`x_stride` and the like are the distances between rows in floats, so that a view of every second half-row needs no copy.
+`x_stride` and the like are the distances between rows in floats, so that a view of every second half-row needs no copy. Where
+the next product wants its input as int8, `q8` is the address of the activation rows (quants/activations.py), else 0. Loops go
+by explicit lanes, because LLVM gives up its own vectors where `out` is also an input.
 """
 
 import math
 
 import numpy as np
 
+from ..quants.activations import quantize, row_bytes
 from ..quants.blocks import pack, row, unpack
-from . import kernel
-from .scalar import exp, floats, ints, sigmoid, silu
+from ..quants.vectors import load, store
+from . import kernel, piece
+from .scalar import LANES, exp, floats, ints, sigmoid, silu, squares
+
+BLOCK = 1024  # floats that a part takes at a time where there are no rows
+
+
+@piece
+def _activations(q8, r, x):
+    """Keep row `r` as int8 too, where it is wanted."""
+    if q8:
+        quantize(x, row(q8 + r * row_bytes(x.size), row_bytes(x.size)))
+
+
+@piece
+def _scale(x, eps):
+    """1 / sqrt(mean(x²) + eps)."""
+    return np.float32(1) / np.sqrt(squares(x) / np.float32(x.size) + np.float32(eps))
+
+
+@piece
+def _norm(out, x, weight, eps):
+    scale, whole = _scale(x, eps), x.size - x.size % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, load(x, i, LANES) * scale * load(weight, i, LANES))
+    for i in range(whole, x.size):
+        out[i] = x[i] * scale * weight[i]
+
+
+@piece
+def _add(out, x):
+    whole = x.size - x.size % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, load(out, i, LANES) + load(x, i, LANES))
+    for i in range(whole, x.size):
+        out[i] += x[i]
 
 
 @kernel("qiiiiii")
-def embed(quant, out, weight, row_bytes, tokens, n_tokens, n_embd):
+def embed(quant, out, weight, table_row, tokens, n_tokens, n_embd, part, parts):
     """out[t] = row tokens[t] of the table; token ids are int32."""
     ids = ints(tokens, n_tokens)
-    for t in range(n_tokens):
-        unpack(quant, row(weight + ids[t] * row_bytes, row_bytes), floats(out + 4 * t * n_embd, n_embd), n_embd)
+    for t in range(part, n_tokens, parts):
+        unpack(quant, row(weight + ids[t] * table_row, table_row), floats(out + 4 * t * n_embd, n_embd), n_embd)
 
 
-@kernel("iiiiiif")
-def rms_norm(out, x, x_stride, weight, n_rows, n, eps):
+@kernel("iiiiiiif")
+def rms_norm(out, x, x_stride, weight, n_rows, n, q8, eps, part, parts):
     """out[r] = x[r] / sqrt(mean(x[r]²) + eps) · weight; may work in place."""
-    w = floats(weight, n)
-    for r in range(n_rows):
-        xr, outr = floats(x + 4 * r * x_stride, n), floats(out + 4 * r * n, n)
-        total = np.float32(0)
-        for i in range(n):
-            total += xr[i] * xr[i]
-        scale = np.float32(1) / np.sqrt(total / np.float32(n) + np.float32(eps))
-        for i in range(n):
-            outr[i] = xr[i] * scale * w[i]
+    for r in range(part, n_rows, parts):
+        o = floats(out + 4 * r * n, n)
+        _norm(o, floats(x + 4 * r * x_stride, n), floats(weight, n), eps)
+        _activations(q8, r, o)
 
 
-@kernel("iiii")
-def swiglu(out, gate, up, n):
-    """out = silu(gate)·up, elementwise; may work in place."""
-    o, g, u = floats(out, n), floats(gate, n), floats(up, n)
-    for i in range(n):
-        o[i] = silu(g[i]) * u[i]
+@kernel("iiiiiiif")
+def add_norm(out, x, y, weight, n_rows, n, q8, eps, part, parts):
+    """x += y, then out = rms_norm(x)."""
+    for r in range(part, n_rows, parts):
+        o, xr = floats(out + 4 * r * n, n), floats(x + 4 * r * n, n)
+        _add(xr, floats(y + 4 * r * n, n))
+        _norm(o, xr, floats(weight, n), eps)
+        _activations(q8, r, o)
+
+
+@piece
+def _norm_gate(out, x, weight, z, eps):
+    scale, whole = _scale(x, eps), x.size - x.size % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, load(x, i, LANES) * scale * load(weight, i, LANES) * silu(load(z, i, LANES)))
+    for i in range(whole, x.size):
+        out[i] = x[i] * scale * weight[i] * silu(z[i])
+
+
+@kernel("iiiiiiiif")
+def norm_gate(out, x, weight, z, n_rows, n_head, n, q8, eps, part, parts):
+    """out[r, h] = rms_norm(x[r, h]) · weight · silu(z[r, h]); x, z, out [n_rows, n_head, n], weight [n]; may work in place."""
+    for r in range(part, n_rows, parts):
+        for i in range(r * n_head, (r + 1) * n_head):
+            at = 4 * i * n
+            _norm_gate(floats(out + at, n), floats(x + at, n), floats(weight, n), floats(z + at, n), eps)
+        _activations(q8, r, floats(out + 4 * r * n_head * n, n_head * n))
 
 
 @kernel("iiiiii")
-def gate(out, x, g, g_stride, n_rows, n):
-    """out[r] = x[r]·sigmoid(g[r]), elementwise; may work in place."""
-    for r in range(n_rows):
-        o, xr, gr = floats(out + 4 * r * n, n), floats(x + 4 * r * n, n), floats(g + 4 * r * g_stride, n)
-        for i in range(n):
-            o[i] = xr[i] * sigmoid(gr[i])
+def swiglu(out, gate, up, n_rows, n, q8, part, parts):
+    """out[r] = silu(gate[r])·up[r], elementwise; may work in place."""
+    whole = n - n % LANES
+    for r in range(part, n_rows, parts):
+        o, g, u = floats(out + 4 * r * n, n), floats(gate + 4 * r * n, n), floats(up + 4 * r * n, n)
+        for i in range(0, whole, LANES):
+            store(o, i, silu(load(g, i, LANES)) * load(u, i, LANES))
+        for i in range(whole, n):
+            o[i] = silu(g[i]) * u[i]
+        _activations(q8, r, o)
+
+
+@piece
+def _gate(out, x, g):
+    whole = x.size - x.size % LANES
+    for i in range(0, whole, LANES):
+        store(out, i, load(x, i, LANES) * sigmoid(load(g, i, LANES)))
+    for i in range(whole, x.size):
+        out[i] = x[i] * sigmoid(g[i])
+
+
+@kernel("iiiiiiii")
+def gate(out, x, g, g_stride, n_rows, n_head, n, q8, part, parts):
+    """out[r, h] = x[r, h]·sigmoid(g[r, h]), elementwise; x, out [n_rows, n_head, n]; may work in place."""
+    for r in range(part, n_rows, parts):
+        for i in range(r * n_head, (r + 1) * n_head):
+            _gate(floats(out + 4 * i * n, n), floats(x + 4 * i * n, n), floats(g + 4 * i * g_stride, n))
+        _activations(q8, r, floats(out + 4 * r * n_head * n, n_head * n))
 
 
 @kernel("iiiiii")
-def gate_rows(out, x, g, g_stride, n_rows, n):
-    """out[r] = x[r]·sigmoid(g[r]) with one gate value per row."""
-    for r in range(n_rows):
+def gate_rows(out, x, g, g_stride, n_rows, n, part, parts):
+    """out[r] = x[r]·sigmoid(g[r]) with one gate value per row; may work in place."""
+    whole = n - n % LANES
+    for r in range(part, n_rows, parts):
         o, xr = floats(out + 4 * r * n, n), floats(x + 4 * r * n, n)
         scale = sigmoid(floats(g + 4 * r * g_stride, 1)[0])
-        for i in range(n):
+        for i in range(0, whole, LANES):
+            store(o, i, load(xr, i, LANES) * scale)
+        for i in range(whole, n):
             o[i] = xr[i] * scale
 
 
 @kernel("iii")
-def add(out, x, n):
+def add(out, x, n, part, parts):
     """out += x."""
-    o, a = floats(out, n), floats(x, n)
-    for i in range(n):
-        o[i] += a[i]
+    for start in range(part * BLOCK, n, parts * BLOCK):
+        size = min(n - start, BLOCK)
+        _add(floats(out + 4 * start, size), floats(x + 4 * start, size))
 
 
 @kernel("ii")
-def zero(out, n):
-    o = floats(out, n)
-    for i in range(n):
-        o[i] = 0
+def zero(out, n, part, parts):
+    for start in range(part * BLOCK, n, parts * BLOCK):
+        floats(out + 4 * start, min(n - start, BLOCK))[:] = 0
 
 
 @kernel("iiiiiii")
-def rope(x, pos, freqs, n_tokens, n_head, head_dim, n_rot):
+def rope(x, pos, freqs, n_tokens, n_head, head_dim, n_rot, part, parts):
     """Rotate pairs (i, i + n_rot/2) of each head by (pos + t)·freqs[i], in place; dimensions from n_rot on stay."""
     half = n_rot // 2
     f, first = floats(freqs, half), ints(pos, 1)[0]
     cos, sin = np.empty(half, np.float32), np.empty(half, np.float32)
-    for t in range(n_tokens):
+    for t in range(part, n_tokens, parts):
         for i in range(half):
             angle = np.float32(first + t) * f[i]
             cos[i], sin[i] = math.cos(angle), math.sin(angle)
@@ -94,64 +171,38 @@ def rope(x, pos, freqs, n_tokens, n_head, head_dim, n_rot):
 
 
 @kernel("qiiiiiii")
-def store_kv(quant, cache, row_bytes, x, pos, n_tokens, n_head, head_dim):
-    """Quantise x [n_tokens, n_head, head_dim] into rows pos·n_head … of the cache [n_ctx, n_head, row_bytes]."""
+def store_kv(quant, cache, cache_row, x, pos, n_tokens, n_head, head_dim, part, parts):
+    """Quantise x [n_tokens, n_head, head_dim] into rows pos·n_head … of the cache [n_ctx, n_head, cache_row bytes]."""
     first = ints(pos, 1)[0] * n_head
-    for r in range(n_tokens * n_head):
+    for r in range(part, n_tokens * n_head, parts):
         xr = floats(x + 4 * r * head_dim, head_dim)
-        pack(quant, xr, row(cache + (first + r) * row_bytes, row_bytes), head_dim)
+        pack(quant, xr, row(cache + (first + r) * cache_row, cache_row), head_dim)
 
 
 @kernel("iiiiii")
-def route(ids, weights, logits, n_tokens, n_expert, k):
-    """The k largest softmax probabilities of each row (ties: the lower id), divided by their sum; the logits are spent."""
-    for t in range(n_tokens):
-        p = floats(logits + 4 * t * n_expert, n_expert)
+def route(ids, weights, logits, n_tokens, n_expert, k, part, parts):
+    """The k largest softmax probabilities of each row (ties: the lower id), divided by their sum.
+
+    A logit and its expert become one integer that orders like the logit, then by falling id: each of the k passes is a plain
+    maximum, which LLVM vectorises.
+    """
+    keys = np.empty(n_expert, np.int64)
+    for t in range(part, n_tokens, parts):
+        bits, logit = ints(logits + 4 * t * n_expert, n_expert), floats(logits + 4 * t * n_expert, n_expert)
         chosen, w = ints(ids + 4 * t * k, k), floats(weights + 4 * t * k, k)
-        largest = np.float32(-np.inf)
         for e in range(n_expert):
-            largest = max(largest, p[e])
-        total = np.float32(0)
+            # Floats order as sign and magnitude; so -0 and 0 are equal, and NaN is the largest and comes out.
+            order = np.int64(bits[e]) if bits[e] >= 0 else -np.int64(bits[e] & 0x7FFFFFFF)
+            keys[e] = (order << 32) + (n_expert - 1 - e)
+        sum_ = np.float32(0)
         for rank in range(k):
-            # Softmax divides all by one sum, which the renormalisation cancels: exp of the chosen logits is enough.
-            best = 0
+            best = keys[0]
             for e in range(1, n_expert):
-                if p[e] > p[best]:
-                    best = e
-            chosen[rank] = best
-            w[rank] = exp(p[best] - largest)
-            total += w[rank]
-            p[best] = -np.inf
+                best = max(best, keys[e])
+            chosen[rank] = n_expert - 1 - (best & 0xFFFFFFFF)
+            keys[chosen[rank]] = np.iinfo(np.int64).min
+            # Softmax divides all by one sum, which the renormalisation cancels: exp of the chosen logits is enough.
+            w[rank] = exp(logit[chosen[rank]] - logit[chosen[0]])
+            sum_ += w[rank]
         for rank in range(k):
-            w[rank] /= total
-
-
-@kernel("iiiii")
-def group_by_expert(starts, order, ids, n_pairs, n_expert):
-    """Counting sort: the pairs of expert e, in token order, are order[starts[e] : starts[e + 1]] (all int32)."""
-    bounds, pairs, chosen = ints(starts, n_expert + 1), ints(order, n_pairs), ints(ids, n_pairs)
-    for e in range(n_expert + 1):
-        bounds[e] = 0
-    for p in range(n_pairs):
-        bounds[chosen[p] + 1] += 1
-    for e in range(n_expert):
-        bounds[e + 1] += bounds[e]
-    for p in range(n_pairs):
-        e = chosen[p]
-        pairs[bounds[e]] = p
-        bounds[e] += 1
-    for e in range(n_expert, 0, -1):
-        bounds[e] = bounds[e - 1]
-    bounds[0] = 0
-
-
-@kernel("iiiiiiiii")
-def combine(out, y, weights, ids, table, order, n_pairs, k, n_embd):
-    """out[p // k] += weights[p]·y[p] over the pairs whose expert has a slot, in `order`: each token sums by expert id."""
-    pairs, w, chosen = ints(order, n_pairs), floats(weights, n_pairs), ints(ids, n_pairs)
-    for j in range(n_pairs):
-        p = pairs[j]
-        if ints(table, chosen[p] + 1)[chosen[p]] >= 0:
-            o, yp = floats(out + 4 * (p // k) * n_embd, n_embd), floats(y + 4 * p * n_embd, n_embd)
-            for i in range(n_embd):
-                o[i] += w[p] * yp[i]
+            w[rank] /= sum_

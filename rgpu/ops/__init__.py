@@ -5,7 +5,7 @@ views of the first n_tokens rows. Nothing here or in a backend looks at which mo
 fails when it is imported (`check`), never in the middle of an answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -87,6 +87,8 @@ class Needs:
     experts: frozenset[str]  # … of the experts
     kv: str  # type name of the KV cache
     recurrent: bool
+    gate_up: frozenset[tuple[str, str]] = frozenset()  # types of experts' (gate, up), and of down; unless given, all of `experts`
+    down: frozenset[str] = frozenset()
 
 
 class Ops(Protocol):
@@ -109,11 +111,18 @@ class Ops(Protocol):
     def copy(self, out: Array, x: Array) -> None:
         """out = x, same shape and dtype."""
 
+    def replay(self, key: Hashable | None, step: Callable[[], None]) -> None:
+        """Run the verbs that `step` calls. What it does may be recorded and repeated without calling it when the key comes back.
+
+        So a key stands for the same verbs on the same arrays; only what the arrays hold may differ, and `step` reads none of it.
+        The key None comes back never: `step` is called every time.
+        """
+
     def embed(self, out: Array, weight: Weight, tokens: Array) -> None:
         """out [n, n_embd] = rows `tokens` (int32 [n]) of the table."""
 
     def matmul(self, out: Array, weight: Weight, x: Array) -> None:
-        """out [n, rows] = x [n, columns] · Wᵀ."""
+        """out [n, rows] = x [n, columns] · Wᵀ. Where W is stored in blocks, x is first rounded to int8 blocks of 32."""
 
     def rms_norm(self, out: Array, x: Array, weight: Array, eps: float) -> None:
         """out = x / sqrt(mean(x²) + eps) · weight over the last axis; x may be a view of part of each row."""
@@ -147,6 +156,12 @@ class Ops(Protocol):
 
     def route(self, ids: Array, weights: Array, logits: Array) -> None:
         """ids int32, weights [n, k]: the k largest of softmax(logits [n, n_expert]), renormalised; may spend the logits."""
+
+    def post(self, box: Array, ids: Array) -> None:
+        """box[2:] = ids (int32 of any shape), box[1] = their number, last box[0] += 1: for a thread that watches box[0].
+
+        Who sees the new count sees the ids. Nothing is computed from a box.
+        """
 
     def expert_ffn(self, out: Array, x: Array, bank: Bank, table: Array, ids: Array, weights: Array) -> None:
         """out[t] += Σ_k weights[t, k] · down(silu(gate x[t]) · up x[t]) of slot table[ids[t, k]], skipping slot -1."""

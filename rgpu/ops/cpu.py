@@ -1,16 +1,30 @@
-"""The verbs on the CPU: check shapes, hand addresses to the Numba kernels. Weights are read in place from the mapped file."""
+"""The verbs on the CPU: check shapes and hand addresses to the Numba kernels, at once or as rows of a table to be repeated.
+
+Weights are read in place from the mapped file. What a product needs of its input beside float32, int8 blocks, is made once and
+kept while the input stays as it is; kernels that produce such an input write the blocks with it.
+"""
 
 import os
+import time
+from collections import OrderedDict
 
 import numpy as np
 
 from .. import kernels
-from ..errors import RgpuError
-from ..kernels import attention, elementwise, matmul, recurrent
+from ..errors import OutOfMemory, RgpuError
+from ..kernels import attention, elementwise, experts, matmul, post, recurrent, tile
+from ..kernels.table import Table, overlap, span
 from ..quants import TYPES
+from ..quants.activations import row_bytes
+from ..quants.isa import best
 from . import L2_EPS, check
 
-SMALL = 1 << 17  # multiply-adds that one thread does in the time it takes to call the others
+MOST_PARTS = 64  # of a row: enough for the threads of any processor to share it evenly
+GRAIN = 1 << 15  # bytes of weights in a part: about a microsecond
+OVERSUBSCRIBED = 4  # threads per processor at most
+KEPT_TABLES = 16
+UNHEARD = 0.1  # seconds in compiled code after which Python gets a turn, to notice Ctrl-C
+FIRST_SLICE = 64  # rows, when it is not known how long they take
 
 
 def physical_cores() -> int:
@@ -40,38 +54,48 @@ def rows_at(x) -> tuple[int, int, int, int]:
     return x.__array_interface__["data"][0], stride, x.size // n, n
 
 
+def share(nbytes: int) -> int:
+    """Parts for a row that reads so many bytes."""
+    return min(max(nbytes // GRAIN, 1), MOST_PARTS)
+
+
 @check
 class CpuOps:
     name = "cpu"
 
     def __init__(self, threads=None):
-        most = kernels.most_threads()
+        most = OVERSUBSCRIBED * kernels.most_threads()
         if threads is not None and threads > most:
             raise RgpuError(f"threads is {threads}, but this process may use {most} at most")
-        self.threads = min(threads or physical_cores(), most)
+        self.threads, self.isa = threads or physical_cores(), best()
+        self.recording: Table | None = None
+        self.tables: OrderedDict = OrderedDict()  # key -> [table, rows to run at once]
+        self.blocks: dict[tuple[int, int], np.ndarray] = {}  # (address, columns) -> its int8 blocks
+        self.fresh: dict[tuple[int, int], tuple[int, tuple]] = {}  # … -> rows that are up to date while recording, their span
 
     # ---- memory ----
 
     def prepare(self, needs, progress):
-        e, pairs = elementwise, needs.n_tokens * needs.n_expert_used
-        self.needs, self.n_pairs = needs, pairs
-        plain = [e.rms_norm, e.swiglu, e.gate, e.gate_rows, e.add, e.zero, e.rope, e.route, e.group_by_expert, e.combine]
+        e, r, isa = elementwise, recurrent, self.isa
+        plain = [e.rms_norm, e.swiglu, e.gate, e.gate_rows, e.add, e.zero, e.rope, e.route,
+                 matmul.quantize, experts.group_by_expert, post.post, attention.attention_combine]  # fmt: skip
         if needs.recurrent:
-            plain += [recurrent.short_conv, recurrent.delta_rule]
-        typed = [(matmul.matmul, needs.matrices | needs.experts), (e.embed, needs.embeddings),
-                 (e.store_kv, {needs.kv}), (attention.attention, {needs.kv})]  # fmt: skip
-        kernels.build([(k,) for k in plain] + [(k, TYPES[name]) for k, names in typed for name in sorted(names)], progress)
-        # Scratch of the products, and its addresses: asking an array for its address takes a microsecond.
-        int32, float32 = np.int32, np.float32
-        self.weight, self.counts = np.zeros(1, np.int64), np.zeros(2, int32)
-        self.gates, self.ups = np.zeros((pairs, needs.n_ff_exp), float32), np.zeros((pairs, needs.n_ff_exp), float32)
-        self.downs = np.zeros((pairs, needs.n_embd), float32)
-        lists = np.zeros(needs.n_expert + 1, int32), np.zeros(pairs, int32)
-        single = np.zeros(1, int32), np.arange(needs.n_tokens, dtype=int32)
-        self.kept = lists, single  # alive as long as their addresses are
-        self.starts, self.order = map(at, lists)
-        self.only, self.each = map(at, single)  # the table and the order of a plain product: one expert, in slot 0
-        self.weight_at, self.counts_at = at(self.weight), at(self.counts)
+            plain += [r.short_conv, r.delta_rule]
+        kv, jobs = TYPES[needs.kv], [(k,) for k in plain]
+        jobs += [(e.store_kv, kv), (attention.attention, kv)]
+        jobs += [(e.embed, TYPES[name]) for name in sorted(needs.embeddings)]
+        for name in sorted(needs.matrices):
+            jobs += [(k, TYPES[name], isa) for k in (matmul.matmul, tile.matmul_many)]
+        for gate, up in sorted(needs.gate_up or {(name, name) for name in needs.experts}):
+            jobs += [(k, TYPES[gate], TYPES[up], isa) for k in (experts.gate_up, experts.gate_up_many)]
+        for name in sorted(needs.down or needs.experts):
+            jobs += [(k, TYPES[name], isa) for k in (experts.down, experts.down_many)]
+        kernels.build(jobs, progress)
+        self.pool = kernels.Pool(self.threads)
+        self.needs, pairs = needs, needs.n_tokens * needs.n_expert_used
+        self.hidden = np.zeros((pairs, 4 * needs.n_ff_exp), np.uint8)  # float32, or blocks in the first part of it
+        self.groups = np.zeros(needs.n_expert + 1 + pairs, np.int32)
+        self.partial: dict[int, np.ndarray] = {}  # by size
 
     def empty(self, shape, dtype):
         return np.zeros(shape, dtype)
@@ -83,99 +107,222 @@ class CpuOps:
         return x.copy()
 
     def copy(self, out, x):
+        assert self.recording is None, "a copy is not recorded"
         np.copyto(out, x)
 
-    def parts(self, work: int) -> int:
-        """Threads for this many multiply-adds, made current for the kernel that follows."""
-        n = self.threads if work > SMALL else 1
-        kernels.set_threads(n)
-        return n
+    # ---- rows ----
+
+    def replay(self, key, step):
+        kept = self.tables.get(key)
+        if kept is None:
+            kept = [self._record(step), FIRST_SLICE]
+            if key is not None:
+                self.tables[key] = kept
+                if len(self.tables) > KEPT_TABLES:
+                    self.tables.popitem(last=False)
+        else:
+            self.tables.move_to_end(key)
+        table, at_once = kept
+        began = time.perf_counter()
+        for first in range(0, len(table), at_once):
+            self._run(table, first, min(first + at_once, len(table)))
+        kept[1] = max(FIRST_SLICE, int(len(table) * UNHEARD / (time.perf_counter() - began)))
+
+    def _record(self, step):
+        """The table of what `step` calls."""
+        self.recording, self.fresh = Table(), {}
+        try:
+            step()
+            return self.recording.array()
+        finally:
+            self.recording, self.fresh = None, {}
+
+    def _run(self, table, first, last, threads=None):
+        try:
+            self.pool.run(table, first, last, threads)
+        except MemoryError as error:
+            raise OutOfMemory(str(error)) from None
+
+    def _row(self, kernel, tags, arguments, parts, reads, writes):
+        """Run a kernel, or record it; `reads` and `writes`: the arrays it does that to (weights need not be named)."""
+        table = self.recording or Table()
+        table.add(kernel.address(*tags), kernel.shape, arguments, parts, [*map(span, reads)], [*map(span, writes)])
+        if self.recording is None:
+            self._run(table.array(), 0, 1, threads=1 if parts == 1 else None)
+        elif self.fresh:
+            written = [*map(span, writes)]
+            self.fresh = {key: kept for key, kept in self.fresh.items() if not overlap([kept[1]], written)}
+
+    def _blocks(self, x):
+        """Where the int8 blocks of x [n, …] are kept, as an array; a new one for each call outside of a recording."""
+        n, columns = len(x), x.size // len(x)
+        if self.recording is None:
+            return np.zeros((n, row_bytes(columns)), np.uint8)
+        key = at(x), columns
+        if key not in self.blocks:
+            self.blocks[key] = np.zeros((self.needs.n_tokens, row_bytes(columns)), np.uint8)
+        return self.blocks[key][:n]
+
+    def _written(self, x):
+        """Blocks, and their address, for a kernel that writes those of its output x too; none where no product can use them."""
+        if self.recording is None or (x.size // len(x)) % 32:
+            return (), 0
+        blocks = self._blocks(x)
+        return (blocks,), at(blocks)
+
+    def _up_to_date(self, x, blocks):
+        if blocks:
+            self.fresh[at(x), x.size // len(x)] = len(x), span(x)
+
+    def _input(self, quant, x):
+        """x [n, columns] as products with weights of type `quant` read it: an array of float32 or of int8 blocks."""
+        if quant.block == 1:
+            return x
+        n, columns = x.shape
+        blocks = self._blocks(x)
+        if self.fresh.get((at(x), columns), (0,))[0] < n:
+            arguments = at(blocks), at(x), columns, n, columns
+            self._row(matmul.quantize, (), arguments, min(n, MOST_PARTS), [x], [blocks])
+            if self.recording:
+                self._up_to_date(x, (blocks,))
+        return blocks
 
     # ---- verbs ----
 
     def embed(self, out, weight, tokens):
-        elementwise.embed(weight.quant, at(out), weight.address, weight.row_bytes, at(tokens), *out.shape)
+        arguments = at(out), weight.address, weight.row_bytes, at(tokens), *out.shape
+        self._row(elementwise.embed, (weight.quant,), arguments, min(len(out), MOST_PARTS), [tokens], [out])
 
     def matmul(self, out, weight, x):
-        rows, cols = weight.shape
-        assert x.shape == (out.shape[0], cols) and out.shape[1] == rows and len(x) <= self.needs.n_tokens
-        # One expert in slot 0, to which every token goes.
-        self.weight[0], self.counts[1] = weight.address, len(x)
-        matmul.matmul(
-            weight.quant, at(out), self.weight_at, weight.row_bytes, self.only, self.counts_at, self.each, at(x),
-            1, 1, rows, cols, self.parts(len(x) * rows * cols),
-        )  # fmt: skip
+        (rows, columns), n = weight.shape, len(x)
+        assert x.shape == (n, columns) and out.shape == (n, rows)
+        source = self._input(weight.quant, x)
+        few = n <= matmul.FEW
+        parts = share(rows * weight.row_bytes) if few else min(max(rows * n // 4096, 1), MOST_PARTS)
+        arguments = at(out), weight.address, at(source), n, rows, columns
+        kernel = matmul.matmul if few else tile.matmul_many
+        self._row(kernel, (weight.quant, self.isa), arguments, parts, [source], [out])
 
     def rms_norm(self, out, x, weight, eps):
         address, stride, n_rows, n = rows_at(x)
         assert out.shape == x.shape and weight.shape == (n,)
-        elementwise.rms_norm(at(out), address, stride, at(weight), n_rows, n, eps)
+        blocks, q8 = self._written(out) if out.ndim == 2 else ((), 0)
+        arguments = at(out), address, stride, at(weight), n_rows, n, q8, eps
+        self._row(elementwise.rms_norm, (), arguments, _rows(n_rows, n), [x], [out, *blocks])
+        self._up_to_date(out, blocks)
 
     def swiglu(self, out, gate, up):
         assert out.shape == gate.shape == up.shape
-        elementwise.swiglu(at(out), at(gate), at(up), out.size)
+        blocks, q8 = self._written(out)
+        n_rows, n = len(out), out.size // len(out)
+        arguments = at(out), at(gate), at(up), n_rows, n, q8
+        self._row(elementwise.swiglu, (), arguments, _rows(n_rows, n), [gate, up], [out, *blocks])
+        self._up_to_date(out, blocks)
 
     def gate(self, out, x, g):
         address, stride, n_rows, n = rows_at(g)
-        kernel = elementwise.gate if n == x.shape[-1] else elementwise.gate_rows
         assert n in (1, x.shape[-1]) and n_rows == x.size // x.shape[-1] and out.shape == x.shape
-        kernel(at(out), at(x), address, stride, n_rows, x.shape[-1])
+        if n == 1:
+            arguments = at(out), at(x), address, stride, n_rows, x.shape[-1]
+            self._row(elementwise.gate_rows, (), arguments, _rows(n_rows, x.shape[-1]), [x, g], [out])
+            return
+        blocks, q8 = self._written(out)
+        arguments = at(out), at(x), address, stride, len(x), n_rows // len(x), n, q8
+        self._row(elementwise.gate, (), arguments, _rows(len(x), x.size // len(x)), [x, g], [out, *blocks])
+        self._up_to_date(out, blocks)
 
     def add(self, out, x):
         assert out.shape == x.shape
-        elementwise.add(at(out), at(x), out.size)
+        self._row(elementwise.add, (), (at(out), at(x), out.size), _rows(len(out), out.size // len(out)), [out, x], [out])
 
     def zero(self, out):
-        elementwise.zero(at(out), out.size)
+        self._row(elementwise.zero, (), (at(out), out.size), _rows(len(out), out.size // len(out)), [], [out])
 
     def rope(self, x, pos, freqs):
-        assert 2 * len(freqs) <= x.shape[2]
-        elementwise.rope(at(x), at(pos), at(freqs), *x.shape, 2 * len(freqs))
+        n, n_head, d = x.shape
+        assert 2 * len(freqs) <= d
+        arguments = at(x), at(pos), at(freqs), n, n_head, d, 2 * len(freqs)
+        self._row(elementwise.rope, (), arguments, _rows(n, n_head * d), [x, pos], [x])
 
     def store_kv(self, cache, k, v, pos):
         for part, x in ((cache.k, k), (cache.v, v)):
-            assert int(pos[0]) + len(x) <= part.shape[0] and x.shape[1] == part.shape[1]
-            elementwise.store_kv(cache.quant, at(part), part.shape[2], at(x), at(pos), *x.shape)
+            assert len(x) <= part.shape[0] and x.shape[1] == part.shape[1]
+            arguments = at(part), part.shape[2], at(x), at(pos), *x.shape
+            self._row(elementwise.store_kv, (cache.quant,), arguments, _rows(len(x), x.size // len(x)), [x, pos], [part])
 
     def attention(self, out, q, cache, pos, scale):
         n, n_head, d_k = q.shape
-        assert out.shape[:2] == q.shape[:2] and n_head % cache.k.shape[1] == 0 and int(pos[0]) + n <= cache.k.shape[0]
-        self.parts(n * n_head * (d_k + out.shape[2]) * (int(pos[0]) + n))
-        attention.attention(
-            cache.quant, at(out), at(q), at(cache.k), at(cache.v), cache.k.shape[2], cache.v.shape[2], at(pos),
-            n, n_head, cache.k.shape[1], d_k, out.shape[2], scale,
+        n_head_kv, d_v = cache.k.shape[1], out.shape[2]
+        assert out.shape[:2] == q.shape[:2] and n_head % n_head_kv == 0 and n <= cache.k.shape[0]
+        splits = attention.splits(n, n_head_kv)
+        target = out if splits == 1 else self._partial(attention.scratch(n, n_head, d_v, splits))
+        arguments = (
+            at(target), at(q), at(cache.k), at(cache.v), cache.k.shape[2], cache.v.shape[2], at(pos),
+            n, n_head, n_head_kv, d_k, d_v, splits, scale,
         )  # fmt: skip
+        parts = min(attention.items(n, n_head_kv, splits), MOST_PARTS)
+        self._row(attention.attention, (cache.quant,), arguments, parts, [q, cache.k, cache.v, pos], [target])
+        if splits > 1:
+            arguments = at(out), at(target), n * n_head, d_v, splits
+            self._row(attention.attention_combine, (), arguments, _rows(n * n_head, d_v * splits), [target], [out])
+
+    def _partial(self, n):
+        """Scratch of n floats; it stays where it is, because recorded rows know its address."""
+        if n not in self.partial:
+            self.partial[n] = np.zeros(n, np.float32)
+        return self.partial[n]
 
     def short_conv(self, out, x, weight, tail):
         assert out.shape == x.shape and weight.shape[0] == x.shape[1] and tail.shape == (weight.shape[1] - 1, x.shape[1])
-        parts = self.parts(weight.size * len(x))
-        recurrent.short_conv(at(out), at(x), at(weight), at(tail), *x.shape, weight.shape[1], parts)
+        arguments = at(out), at(x), at(weight), at(tail), *x.shape, weight.shape[1]
+        self._row(recurrent.short_conv, (), arguments, min(max(x.size // 2048, 1), 32), [x, tail], [out, tail])
 
     def delta_rule(self, out, qkv, alpha, beta, a, dt_bias, state):
         n, n_v_head, d_v = out.shape
         d_k = state.shape[1]
         n_k_head = (qkv.shape[1] - n_v_head * d_v) // (2 * d_k)
         assert alpha.shape == beta.shape == (n, n_v_head) and state.shape == (n_v_head, d_k, d_v)
-        self.parts(3 * state.size * n)
-        recurrent.delta_rule(
+        arguments = (
             at(out), at(qkv), at(alpha), at(beta), at(a), at(dt_bias), at(state), n, n_k_head, n_v_head, d_k, d_v, L2_EPS
-        )
+        )  # fmt: skip
+        self._row(recurrent.delta_rule, (), arguments, n_v_head, [qkv, alpha, beta, state], [out, state])
 
     def route(self, ids, weights, logits):
-        elementwise.route(at(ids), at(weights), at(logits), *logits.shape, ids.shape[1])
+        arguments = at(ids), at(weights), at(logits), *logits.shape, ids.shape[1]
+        self._row(elementwise.route, (), arguments, min(len(ids), MOST_PARTS), [logits], [ids, weights, logits])
+
+    def post(self, box, ids):
+        assert box.dtype == ids.dtype == np.int32 and ids.size <= len(box) - 2
+        self._row(post.post, (), (at(box), at(ids), ids.size), 1, [ids], [box])
 
     def expert_ffn(self, out, x, bank, table, ids, weights):
-        n, k = ids.shape
-        pairs, n_expert = n * k, len(table)
-        assert pairs <= self.n_pairs and n_expert <= self.needs.n_expert and x.shape == (n, bank.gate.shape[1])
+        (n, k), n_expert = ids.shape, len(table)
+        pairs, (rows, columns) = n * k, bank.gate.shape
+        assert pairs <= len(self.hidden) and n_expert <= self.needs.n_expert and x.shape == (n, columns)
         assert ids.dtype == table.dtype == np.int32
-        gates, ups, downs, chosen, slots = at(self.gates), at(self.ups), at(self.downs), at(ids), at(table)
-        elementwise.group_by_expert(self.starts, self.order, chosen, pairs, n_expert)
-        for part, y, source, shared_by in ((bank.gate, gates, at(x), k), (bank.up, ups, at(x), k), (bank.down, downs, gates, 1)):
-            if part is bank.down:
-                elementwise.swiglu(gates, gates, ups, pairs * part.shape[1])
-            matmul.matmul(
-                part.quant, y, at(part.addresses), part.row_bytes, slots, self.starts, self.order, source,
-                n_expert, shared_by, *part.shape, self.parts(pairs * part.shape[0] * part.shape[1]),
-            )  # fmt: skip
-        elementwise.combine(at(out), downs, at(weights), chosen, slots, self.order, pairs, k, out.shape[1])
+        gate, up, down = (part.quant for part in bank)
+        x_gate, x_up = self._input(gate, x), self._input(up, x)
+        few, chosen, count = n <= matmul.FEW, ids, pairs
+        if not few:
+            chosen, count = self.groups, n_expert
+            self._row(experts.group_by_expert, (), (at(chosen), at(ids), pairs, n_expert), 1, [ids], [chosen])
+        hidden, slots = self.hidden, at(table)
+        arguments = (
+            at(hidden), int(down.block == 1), at(bank.gate.addresses), at(bank.up.addresses), slots, at(chosen),
+            at(x_gate), at(x_up), count, k, rows, columns,
+        )  # fmt: skip
+        parts = share(pairs * rows * (bank.gate.row_bytes + bank.up.row_bytes)) if few else MOST_PARTS
+        kernel = experts.gate_up if few else experts.gate_up_many
+        self._row(kernel, (gate, up, self.isa), arguments, parts, [x_gate, x_up, chosen, table], [hidden])
+        arguments = (
+            at(out), at(bank.down.addresses), slots, at(chosen), at(weights), at(hidden), n if few else n_expert, k,
+            columns, rows,
+        )  # fmt: skip
+        parts = share(pairs * columns * bank.down.row_bytes) if few else min(MOST_PARTS, max(columns // 32, 1))
+        kernel = experts.down if few else experts.down_many
+        self._row(kernel, (down, self.isa), arguments, parts, [hidden, chosen, weights, table, out], [out])
+
+
+def _rows(n_rows: int, n: int) -> int:
+    """Parts for a light row over so many rows of n values."""
+    return 1 if n_rows * n <= 1 << 14 else min(n_rows, 16)

@@ -1,12 +1,14 @@
 """The verbs in plain NumPy, written to be read: the specification of every backend, and the oracle of its tests.
 
-Weights are dequantised at every use and sums are float32 as NumPy forms them; nothing is fused, tiled or kept.
+Weights are dequantised at every use and sums are float32 as NumPy forms them; nothing is fused, tiled or kept. Only the rounding
+of a product's input to int8 blocks, where the weights are blocks too, is part of the specification.
 """
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
+from ..quants.activations import rounded
 from . import L2_EPS, check
 
 
@@ -18,6 +20,11 @@ def dequantize(weight):
     """float32 [rows, columns] of a Weight."""
     blocks = weight.data[: weight.shape[0] * weight.row_bytes].reshape(-1, weight.quant.nbytes)
     return weight.quant.dequantize(blocks).reshape(weight.shape)
+
+
+def product(weight, x):
+    """x · Wᵀ; a quantised matrix sees its input rounded to int8 blocks of 32."""
+    return (x if weight.quant.block == 1 else rounded(x)) @ dequantize(weight).T
 
 
 def cached(cache, part, n):
@@ -48,11 +55,14 @@ class ReferenceOps:
     def copy(self, out, x):
         out[...] = x
 
+    def replay(self, key, step):
+        step()
+
     def embed(self, out, weight, tokens):
         out[...] = dequantize(weight)[tokens]
 
     def matmul(self, out, weight, x):
-        out[...] = x @ dequantize(weight).T
+        out[...] = product(weight, x)
 
     def rms_norm(self, out, x, weight, eps):
         out[...] = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
@@ -126,12 +136,17 @@ class ReferenceOps:
         chosen = np.take_along_axis(p, ids.astype(np.int64), axis=1)
         weights[...] = chosen / chosen.sum(axis=1, keepdims=True)
 
+    def post(self, box, ids):
+        box[2 : 2 + ids.size] = ids.reshape(-1)
+        box[1] = ids.size
+        box[0] += 1
+
     def expert_ffn(self, out, x, bank, table, ids, weights):
         for expert in np.unique(ids):
             slot = table[expert]
             if slot < 0:
                 continue
-            gate, up, down = (dequantize(part.weight(slot)) for part in bank)
+            gate, up, down = (part.weight(slot) for part in bank)
             t, rank = np.nonzero(ids == expert)
-            g = x[t] @ gate.T
-            out[t] += weights[t, rank][:, None] * ((g * sigmoid(g) * (x[t] @ up.T)) @ down.T)
+            g = product(gate, x[t])
+            out[t] += weights[t, rank][:, None] * product(down, g * sigmoid(g) * product(up, x[t]))

@@ -1,8 +1,9 @@
 """How a weight is stored: one class per ggml type, discovered by existing as a file of this folder.
 
-A type is an empty named tuple. Its class holds the ggml id, the block geometry, NumPy `dequantize` and the Numba source of
-`dot`, `unpack` (and `pack`, where a KV cache may use it); its instance is the compile-time tag by which one kernel driver
-becomes a kernel per type (`blocks.dot` and friends). Nothing outside this folder looks at ids.
+A type is an empty named tuple. Its class holds the ggml id, the block geometry, NumPy `dequantize` and Numba sources: of blocks,
+what their bytes mean as integers and scales (`products` makes the rest of that); without blocks, `dot` and `unpack`; where a KV
+cache may use it, `pack`. Its instance is the compile-time tag by which one kernel driver becomes a kernel per type (`blocks.dot`
+and friends). Nothing outside this folder looks at ids.
 """
 
 import atexit

@@ -10,6 +10,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
+from . import products
+from .vectors import EXACT
+
 # Sums may be re-ordered into vector lanes; NaN and infinity keep their meaning (attention masks with -inf).
 FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -31,16 +34,12 @@ def pack(quant, x, w, n):
 
 @overload(dot, jit_options={"fastmath": FASTMATH})
 def _dot(quant, w, x, n):
-    return quant.instance_class.dot
-
-
-# A function without flags of its own inherits its caller's: these two must give the same bits in any kernel.
-EXACT = {"fastmath": False}
+    return quant.instance_class.dot if quant.instance_class.block == 1 else products.dot(quant.instance_class)
 
 
 @overload(unpack, jit_options=EXACT)
 def _unpack(quant, w, out, n):
-    return quant.instance_class.unpack
+    return quant.instance_class.unpack if quant.instance_class.block == 1 else products.unpack(quant.instance_class)
 
 
 @overload(pack, jit_options=EXACT)

@@ -6,50 +6,41 @@ Sub-block j of 32 weights is 16 of those bytes, nibbles as in IQ4_NL; value = dÂ
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
-from .blocks import half, u16
-from .iq4_nl import TABLE, table_lanes, table_values
-from .vectors import load, store, total, zeros
+from .blocks import u16, u32
+from .iq4_nl import TABLE, VALUES, table_lanes, table_values
+from .vectors import astype, full, halves, load, view
 
-
-@register_jitable
-def scale(w, o, j):
-    """Scale of sub-block `j` in the block at `o`, without d, as float32."""
-    low = (w[o + 4 + j // 2] >> (4 * (j % 2))) & 15
-    high = (u16(w, o + 2) >> (2 * j)) & 3
-    return np.float32((low | (high << 4)) - 32)
+NIBBLES, PAIRS = np.arange(0, 32, 4, dtype=np.uint32), np.arange(0, 16, 2, dtype=np.uint32)  # where each scale's bits begin
 
 
 class IQ4_XS(NamedTuple):
     id = 23
     block = 256
     nbytes = 136
+    group, zero, top = 32, 128, 241
 
     @staticmethod
     def dequantize(blocks):
         """uint8 [n, 136] -> float32 [n, 256]."""
         n = len(blocks)
         d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        high = blocks[:, 2:4].copy().view(np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-        low = np.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], axis=2).reshape(n, 8)
+        high = blocks[:, 2:4].copy().view(np.uint16) >> PAIRS & 3
+        low = blocks[:, 4:8].copy().view(np.uint32) >> NIBBLES & 15
         scales = d * ((low | high << 4).astype(np.float32) - np.float32(32))
-        return (scales[..., None] * table_values(TABLE, blocks[:, 8:].reshape(n, 8, 16))).reshape(n, 256)
+        return (scales[..., None] * table_values(VALUES, blocks[:, 8:].reshape(n, 8, 16))).reshape(n, 256)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 256):
-            o = 136 * b
-            d = half(w, o)
-            for j in range(8):
-                acc += table_lanes(TABLE, w, o + 8 + 16 * j) * load(x, 256 * b + 32 * j, 32) * (d * scale(w, o, j))
-        return total(acc)
+    def integers(quant, w, o):
+        return (
+            table_lanes(TABLE, w, o + 8), table_lanes(TABLE, w, o + 24),
+            table_lanes(TABLE, w, o + 40), table_lanes(TABLE, w, o + 56),
+            table_lanes(TABLE, w, o + 72), table_lanes(TABLE, w, o + 88),
+            table_lanes(TABLE, w, o + 104), table_lanes(TABLE, w, o + 120),
+        )  # fmt: skip
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 256):
-            o = 136 * b
-            d = half(w, o)
-            for j in range(8):
-                store(out, 256 * b + 32 * j, table_lanes(TABLE, w, o + 8 + 16 * j) * (d * scale(w, o, j)))
+    def scales(quant, w, o, count):
+        low = full(u32(w, o + 4), 8) >> load(NIBBLES, 0, 8) & 15
+        high = full(np.uint32(u16(w, o + 2)), 8) >> load(PAIRS, 0, 8) & 3
+        return astype(view((low | high << 4) - 32, np.int32), np.float32) * halves(full(u16(w, o), 8))

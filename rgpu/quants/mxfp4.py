@@ -8,38 +8,36 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .blocks import from_bits
 from .iq4_nl import table_lanes, table_values
-from .vectors import load, store, total, zeros
+from .vectors import astype, every, view
 
-TABLE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8).view(np.uint8)
+VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+TABLE = (VALUES + 12).astype(np.uint8)
 
 
 @register_jitable
-def scale(e):
-    """2^(e − 128) as float32: the exponents 0 and 1 are subnormal numbers."""
-    e = np.uint32(e)
-    return from_bits(np.uint32(0x200000) << e if e < 2 else (e - np.uint32(1)) << np.uint32(23))
+def powers(e):
+    """uint8 lanes -> float32 lanes of 2^(e − 128), as two factors, because 2^-127 and 2^-128 are no normal numbers."""
+    e = astype(e, np.uint32)
+    half = e >> 1
+    return view((half + 63) << 23, np.float32) * view((e - half + 63) << 23, np.float32)
 
 
 class MXFP4(NamedTuple):
     id = 39
     block = 32
     nbytes = 17
+    group, zero, top = 32, 12, 24
 
     @staticmethod
     def dequantize(blocks):
         """uint8 [n, 17] -> float32 [n, 32]."""
-        return np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128) * table_values(TABLE, blocks[:, 1:])
+        return np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128) * table_values(VALUES, blocks[:, 1:])
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 32):
-            acc += table_lanes(TABLE, w, 17 * b + 1) * load(x, 32 * b, 32) * scale(w[17 * b])
-        return total(acc)
+    def integers(quant, w, o):
+        return (table_lanes(TABLE, w, o + 1),)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 32):
-            store(out, 32 * b, table_lanes(TABLE, w, 17 * b + 1) * scale(w[17 * b]))
+    def scales(quant, w, o, count):
+        return powers(every(w, o, 17, count, np.uint8))

@@ -7,13 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .vectors import astype, half_lanes, lane, load, store, total, zeros
+from .blocks import u16
+from .vectors import astype, fields, full, halves, load
 
 
 class Q2_K(NamedTuple):
     id = 10
     block = 256
     nbytes = 84
+    group, zero, top = 16, 0, 3
 
     @staticmethod
     def dequantize(blocks):
@@ -27,31 +29,11 @@ class Q2_K(NamedTuple):
         return (scales[..., None] * q - mins[..., None]).reshape(n, 256)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(16)
-        for b in range(n // 256):
-            o = 84 * b
-            packed = load(w, o, 16)
-            scales = astype(packed & 15, np.float32) * half_lanes(w, o + 80, 16)
-            mins = astype(packed >> 4, np.float32) * half_lanes(w, o + 82, 16)
-            for j in range(0, 16, 8):
-                for h in range(2):
-                    q = load(w, o + 16 + 4 * j + 16 * h, 16)
-                    for s in range(j + h, j + 8, 2):
-                        acc += (astype(q & 3, np.float32) * lane(scales, s) - lane(mins, s)) * load(x, 256 * b + 16 * s, 16)
-                        q = q >> 2
-        return total(acc)
+    def integers(quant, w, o):
+        return fields(load(w, o + 16, 32), 2, 4), fields(load(w, o + 48, 32), 2, 4)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 256):
-            o = 84 * b
-            packed = load(w, o, 16)
-            scales = astype(packed & 15, np.float32) * half_lanes(w, o + 80, 16)
-            mins = astype(packed >> 4, np.float32) * half_lanes(w, o + 82, 16)
-            for j in range(0, 16, 8):
-                for h in range(2):
-                    q = load(w, o + 16 + 4 * j + 16 * h, 16)
-                    for s in range(j + h, j + 8, 2):
-                        store(out, 256 * b + 16 * s, astype(q & 3, np.float32) * lane(scales, s) - lane(mins, s))
-                        q = q >> 2
+    def scales(quant, w, o, count):
+        packed = load(w, o, 16)
+        scales = astype(packed & 15, np.float32) * halves(full(u16(w, o + 80), 16))
+        return scales, astype(packed >> 4, np.float32) * halves(full(u16(w, o + 82), 16))

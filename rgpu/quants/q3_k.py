@@ -6,23 +6,16 @@ Low bits as Q2_K; 4 is subtracted where bit n // 32 of high byte n % 32 is 0. Su
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
-from .vectors import astype, half_lanes, join, lane, load, store, total, view, zeros
-
-
-@register_jitable
-def scale_lanes(w, o):
-    """16 float32 lanes: the scales, less 32, from the 12 bytes at `o` (low nibbles in eight, high pairs of bits in four)."""
-    low, high = load(w, o, 8), load(w, o + 8, 4)
-    pairs = join(join(high & 3, high >> 2 & 3), join(high >> 4 & 3, high >> 6))
-    return astype(view((join(low & 15, low >> 4) | pairs << 4) - 32, np.int8), np.float32)
+from .blocks import u16
+from .vectors import astype, fields, full, halves, load, view
 
 
 class Q3_K(NamedTuple):
     id = 11
     block = 256
     nbytes = 110
+    group, zero, top = 16, 4, 7
 
     @staticmethod
     def dequantize(blocks):
@@ -39,31 +32,14 @@ class Q3_K(NamedTuple):
         return ((d * scales)[..., None] * values).reshape(n, 256)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(16)
-        for b in range(n // 256):
-            o = 110 * b
-            scales = scale_lanes(w, o + 96) * half_lanes(w, o + 108, 16)
-            for h in range(2):
-                mask = load(w, o + 16 * h, 16)
-                for j in range(0, 16, 8):
-                    q = load(w, o + 32 + 4 * j + 16 * h, 16)
-                    for s in range(j + h, j + 8, 2):
-                        value = astype(view((q & 3 | (mask & 1) << 2) - 4, np.int8), np.float32)
-                        acc += value * load(x, 256 * b + 16 * s, 16) * lane(scales, s)
-                        q, mask = q >> 2, mask >> 1
-        return total(acc)
+    def integers(quant, w, o):
+        high = load(w, o, 32)
+        return (
+            fields(load(w, o + 32, 32), 2, 4) | fields(high, 1, 4) << 2,
+            fields(load(w, o + 64, 32), 2, 4) | fields(high >> 4, 1, 4) << 2,
+        )
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 256):
-            o = 110 * b
-            scales = scale_lanes(w, o + 96) * half_lanes(w, o + 108, 16)
-            for h in range(2):
-                mask = load(w, o + 16 * h, 16)
-                for j in range(0, 16, 8):
-                    q = load(w, o + 32 + 4 * j + 16 * h, 16)
-                    for s in range(j + h, j + 8, 2):
-                        value = astype(view((q & 3 | (mask & 1) << 2) - 4, np.int8), np.float32)
-                        store(out, 256 * b + 16 * s, value * lane(scales, s))
-                        q, mask = q >> 2, mask >> 1
+    def scales(quant, w, o, count):
+        packed = fields(load(w, o + 96, 8), 4, 2) | fields(load(w, o + 104, 4), 2, 4) << 4
+        return astype(view(packed - 32, np.int8), np.float32) * halves(full(u16(w, o + 108), 16))

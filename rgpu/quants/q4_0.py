@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .vectors import astype, half_lanes, join, load, store, total, view, zeros
+from .vectors import every, fields, halves, load
 
 
 class Q4_0(NamedTuple):
     id = 2
     block = 32
     nbytes = 18
+    group, zero, top = 32, 8, 15
 
     @staticmethod
     def dequantize(blocks):
@@ -21,17 +22,9 @@ class Q4_0(NamedTuple):
         return d * (q - np.float32(8))
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 32):
-            qs = load(w, 18 * b + 2, 16)
-            q = astype(view(join(qs & 15, qs >> 4) - 8, np.int8), np.float32)
-            acc += q * load(x, 32 * b, 32) * half_lanes(w, 18 * b, 32)
-        return total(acc)
+    def integers(quant, w, o):
+        return (fields(load(w, o + 2, 16), 4, 2),)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 32):
-            qs = load(w, 18 * b + 2, 16)
-            q = astype(view(join(qs & 15, qs >> 4) - 8, np.int8), np.float32)
-            store(out, 32 * b, q * half_lanes(w, 18 * b, 32))
+    def scales(quant, w, o, count):
+        return halves(every(w, o, 18, count, np.uint16))

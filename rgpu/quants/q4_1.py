@@ -4,13 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .vectors import astype, half_lanes, join, load, store, total, zeros
+from .vectors import every, fields, halves, load
 
 
 class Q4_1(NamedTuple):
     id = 3
     block = 32
     nbytes = 20
+    group, zero, top = 32, 0, 15
 
     @staticmethod
     def dequantize(blocks):
@@ -20,17 +21,10 @@ class Q4_1(NamedTuple):
         return d * np.concatenate([qs & 15, qs >> 4], axis=1).astype(np.float32) + m
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 32):
-            qs = load(w, 20 * b + 4, 16)
-            q = astype(join(qs & 15, qs >> 4), np.float32)
-            acc += (q * half_lanes(w, 20 * b, 32) + half_lanes(w, 20 * b + 2, 32)) * load(x, 32 * b, 32)
-        return total(acc)
+    def integers(quant, w, o):
+        return (fields(load(w, o + 4, 16), 4, 2),)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 32):
-            qs = load(w, 20 * b + 4, 16)
-            q = astype(join(qs & 15, qs >> 4), np.float32)
-            store(out, 32 * b, q * half_lanes(w, 20 * b, 32) + half_lanes(w, 20 * b + 2, 32))
+    def scales(quant, w, o, count):
+        both = every(w, o, 20, count, np.uint32)
+        return halves(both), halves(both >> 16) * -1

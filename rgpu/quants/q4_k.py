@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .vectors import astype, half_lanes, join, lane, load, store, total, zeros
+from .blocks import u16
+from .vectors import astype, fields, full, halves, join, load
 
 
 def scales_and_mins(packed):
@@ -26,13 +27,14 @@ def scale_and_min_lanes(w, o):
     a, b, c = load(w, o + 4, 4), load(w, o + 8, 4), load(w, o + 12, 4)
     scales = join(a & 63, c & 15 | (a >> 6) << 4)
     mins = join(b & 63, c >> 4 | (b >> 6) << 4)
-    return astype(scales, np.float32) * half_lanes(w, o, 8), astype(mins, np.float32) * half_lanes(w, o + 2, 8)
+    return astype(scales, np.float32) * halves(full(u16(w, o), 8)), astype(mins, np.float32) * halves(full(u16(w, o + 2), 8))
 
 
 class Q4_K(NamedTuple):
     id = 12
     block = 256
     nbytes = 144
+    group, zero, top = 32, 0, 15
 
     @staticmethod
     def dequantize(blocks):
@@ -47,25 +49,12 @@ class Q4_K(NamedTuple):
         return (scale[..., None] * q - minimum[..., None]).reshape(n, 256)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 256):
-            o = 144 * b
-            scales, mins = scale_and_min_lanes(w, o)
-            for j in range(0, 8, 2):
-                qs = load(w, o + 16 + 16 * j, 32)
-                i = 256 * b + 32 * j
-                acc += (astype(qs & 15, np.float32) * lane(scales, j) - lane(mins, j)) * load(x, i, 32)
-                acc += (astype(qs >> 4, np.float32) * lane(scales, j + 1) - lane(mins, j + 1)) * load(x, i + 32, 32)
-        return total(acc)
+    def integers(quant, w, o):
+        return (
+            fields(load(w, o + 16, 32), 4, 2), fields(load(w, o + 48, 32), 4, 2),
+            fields(load(w, o + 80, 32), 4, 2), fields(load(w, o + 112, 32), 4, 2),
+        )  # fmt: skip
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 256):
-            o = 144 * b
-            scales, mins = scale_and_min_lanes(w, o)
-            for j in range(0, 8, 2):
-                qs = load(w, o + 16 + 16 * j, 32)
-                i = 256 * b + 32 * j
-                store(out, i, astype(qs & 15, np.float32) * lane(scales, j) - lane(mins, j))
-                store(out, i + 32, astype(qs >> 4, np.float32) * lane(scales, j + 1) - lane(mins, j + 1))
+    def scales(quant, w, o, count):
+        return scale_and_min_lanes(w, o)

@@ -6,7 +6,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .blocks import u32
-from .vectors import astype, bits, half_lanes, join, load, store, total, view, zeros
+from .vectors import bits, every, fields, halves, load
 
 
 def five_bits(high, qs):
@@ -17,14 +17,14 @@ def five_bits(high, qs):
 @register_jitable
 def five_bit_lanes(w, o):
     """32 uint8 lanes from the four bytes of fifth bits at `o` and the nibbles behind them."""
-    qs = load(w, o + 4, 16)
-    return join(qs & 15, qs >> 4) | bits(u32(w, o)) << 4
+    return fields(load(w, o + 4, 16), 4, 2) | bits(u32(w, o)) << 4
 
 
 class Q5_0(NamedTuple):
     id = 6
     block = 32
     nbytes = 22
+    group, zero, top = 32, 16, 31
 
     @staticmethod
     def dequantize(blocks):
@@ -33,15 +33,9 @@ class Q5_0(NamedTuple):
         return d * (five_bits(blocks[:, 2:6], blocks[:, 6:]).astype(np.float32) - np.float32(16))
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 32):
-            q = astype(view(five_bit_lanes(w, 22 * b + 2) - 16, np.int8), np.float32)
-            acc += q * load(x, 32 * b, 32) * half_lanes(w, 22 * b, 32)
-        return total(acc)
+    def integers(quant, w, o):
+        return (five_bit_lanes(w, o + 2),)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 32):
-            q = astype(view(five_bit_lanes(w, 22 * b + 2) - 16, np.int8), np.float32)
-            store(out, 32 * b, q * half_lanes(w, 22 * b, 32))
+    def scales(quant, w, o, count):
+        return halves(every(w, o, 22, count, np.uint16))

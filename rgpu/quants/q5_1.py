@@ -5,13 +5,14 @@ from typing import NamedTuple
 import numpy as np
 
 from .q5_0 import five_bit_lanes, five_bits
-from .vectors import astype, half_lanes, load, store, total, zeros
+from .vectors import every, halves
 
 
 class Q5_1(NamedTuple):
     id = 7
     block = 32
     nbytes = 24
+    group, zero, top = 32, 0, 31
 
     @staticmethod
     def dequantize(blocks):
@@ -20,15 +21,10 @@ class Q5_1(NamedTuple):
         return d * five_bits(blocks[:, 4:8], blocks[:, 8:]).astype(np.float32) + m
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 32):
-            q = astype(five_bit_lanes(w, 24 * b + 4), np.float32)
-            acc += (q * half_lanes(w, 24 * b, 32) + half_lanes(w, 24 * b + 2, 32)) * load(x, 32 * b, 32)
-        return total(acc)
+    def integers(quant, w, o):
+        return (five_bit_lanes(w, o + 4),)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 32):
-            q = astype(five_bit_lanes(w, 24 * b + 4), np.float32)
-            store(out, 32 * b, q * half_lanes(w, 24 * b, 32) + half_lanes(w, 24 * b + 2, 32))
+    def scales(quant, w, o, count):
+        both = every(w, o, 24, count, np.uint32)
+        return halves(both), halves(both >> 16) * -1

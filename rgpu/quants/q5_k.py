@@ -8,13 +8,14 @@ from typing import NamedTuple
 import numpy as np
 
 from .q4_k import scale_and_min_lanes, scales_and_mins
-from .vectors import astype, lane, load, store, total, zeros
+from .vectors import fields, load
 
 
 class Q5_K(NamedTuple):
     id = 13
     block = 256
     nbytes = 176
+    group, zero, top = 32, 0, 31
 
     @staticmethod
     def dequantize(blocks):
@@ -30,33 +31,15 @@ class Q5_K(NamedTuple):
         return (scale[..., None] * q - minimum[..., None]).reshape(n, 256)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 256):
-            o = 176 * b
-            scales, mins = scale_and_min_lanes(w, o)
-            high = load(w, o + 16, 32)
-            for j in range(0, 8, 2):
-                qs = load(w, o + 48 + 16 * j, 32)
-                i = 256 * b + 32 * j
-                even = astype(qs & 15 | (high & 1) << 4, np.float32)
-                odd = astype(qs >> 4 | (high & 2) << 3, np.float32)
-                acc += (even * lane(scales, j) - lane(mins, j)) * load(x, i, 32)
-                acc += (odd * lane(scales, j + 1) - lane(mins, j + 1)) * load(x, i + 32, 32)
-                high = high >> 2
-        return total(acc)
+    def integers(quant, w, o):
+        high = load(w, o + 16, 32)
+        return (
+            fields(load(w, o + 48, 32), 4, 2) | fields(high, 1, 2) << 4,
+            fields(load(w, o + 80, 32), 4, 2) | fields(high >> 2, 1, 2) << 4,
+            fields(load(w, o + 112, 32), 4, 2) | fields(high >> 4, 1, 2) << 4,
+            fields(load(w, o + 144, 32), 4, 2) | fields(high >> 6, 1, 2) << 4,
+        )
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 256):
-            o = 176 * b
-            scales, mins = scale_and_min_lanes(w, o)
-            high = load(w, o + 16, 32)
-            for j in range(0, 8, 2):
-                qs = load(w, o + 48 + 16 * j, 32)
-                i = 256 * b + 32 * j
-                even = astype(qs & 15 | (high & 1) << 4, np.float32)
-                odd = astype(qs >> 4 | (high & 2) << 3, np.float32)
-                store(out, i, even * lane(scales, j) - lane(mins, j))
-                store(out, i + 32, odd * lane(scales, j + 1) - lane(mins, j + 1))
-                high = high >> 2
+    def scales(quant, w, o, count):
+        return scale_and_min_lanes(w, o)

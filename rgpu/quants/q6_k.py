@@ -7,21 +7,16 @@ Sub-block j of 16 weights: d·scale_j·(q − 32).
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
-from .vectors import astype, half_lanes, lane, load, store, total, view, zeros
-
-
-@register_jitable
-def centred(q):
-    """Lanes of 6 bits -> float32 lanes less 32."""
-    return astype(view(q - 32, np.int8), np.float32)
+from .blocks import u16
+from .vectors import astype, fields, full, halves, load, view
 
 
 class Q6_K(NamedTuple):
     id = 14
     block = 256
     nbytes = 210
+    group, zero, top = 16, 32, 63
 
     @staticmethod
     def dequantize(blocks):
@@ -36,31 +31,12 @@ class Q6_K(NamedTuple):
         return (scales[..., None] * ((low | high << 4).astype(np.float32) - np.float32(32))).reshape(n, 256)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(16)
-        for b in range(n // 256):
-            o = 210 * b
-            scales = astype(view(load(w, o + 192, 16), np.int8), np.float32) * half_lanes(w, o + 208, 16)
-            for j in range(0, 16, 8):
-                for s in range(j, j + 2):
-                    p, i = o + 8 * j + 16 * (s - j), 256 * b + 16 * s
-                    a, c, high = load(w, p, 16), load(w, p + 32, 16), load(w, o + 128 + 4 * j + 16 * (s - j), 16)
-                    acc += centred(a & 15 | (high & 3) << 4) * load(x, i, 16) * lane(scales, s)
-                    acc += centred(c & 15 | (high & 12) << 2) * load(x, i + 32, 16) * lane(scales, s + 2)
-                    acc += centred(a >> 4 | high & 48) * load(x, i + 64, 16) * lane(scales, s + 4)
-                    acc += centred(c >> 4 | (high & 192) >> 2) * load(x, i + 96, 16) * lane(scales, s + 6)
-        return total(acc)
+    def integers(quant, w, o):
+        return (
+            fields(load(w, o, 64), 4, 2) | fields(load(w, o + 128, 32), 2, 4) << 4,
+            fields(load(w, o + 64, 64), 4, 2) | fields(load(w, o + 160, 32), 2, 4) << 4,
+        )
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 256):
-            o = 210 * b
-            scales = astype(view(load(w, o + 192, 16), np.int8), np.float32) * half_lanes(w, o + 208, 16)
-            for j in range(0, 16, 8):
-                for s in range(j, j + 2):
-                    p, i = o + 8 * j + 16 * (s - j), 256 * b + 16 * s
-                    a, c, high = load(w, p, 16), load(w, p + 32, 16), load(w, o + 128 + 4 * j + 16 * (s - j), 16)
-                    store(out, i, centred(a & 15 | (high & 3) << 4) * lane(scales, s))
-                    store(out, i + 32, centred(c & 15 | (high & 12) << 2) * lane(scales, s + 2))
-                    store(out, i + 64, centred(a >> 4 | high & 48) * lane(scales, s + 4))
-                    store(out, i + 96, centred(c >> 4 | (high & 192) >> 2) * lane(scales, s + 6))
+    def scales(quant, w, o, count):
+        return astype(view(load(w, o + 192, 16), np.int8), np.float32) * halves(full(u16(w, o + 208), 16))

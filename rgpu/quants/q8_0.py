@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .blocks import from_bits, to_half
-from .vectors import astype, half_lanes, largest, load, store, total, view, zeros
+from .vectors import astype, every, halves, largest, load, store, view
 
 SMALLEST = np.float32(2**-128)  # 1/d overflows; d is 0 in float16 long before, so the quants don't matter
 
@@ -14,6 +14,7 @@ class Q8_0(NamedTuple):
     id = 8
     block = 32
     nbytes = 34
+    group, zero, top = 32, 128, 255
 
     @staticmethod
     def dequantize(blocks):
@@ -22,18 +23,12 @@ class Q8_0(NamedTuple):
         return d * blocks[:, 2:].view(np.int8).astype(np.float32)
 
     @staticmethod
-    def dot(quant, w, x, n):
-        acc = zeros(32)
-        for b in range(n // 32):
-            q = astype(view(load(w, 34 * b + 2, 32), np.int8), np.float32)
-            acc += q * load(x, 32 * b, 32) * half_lanes(w, 34 * b, 32)
-        return total(acc)
+    def integers(quant, w, o):
+        return (load(w, o + 2, 32) + 128,)
 
     @staticmethod
-    def unpack(quant, w, out, n):
-        for b in range(n // 32):
-            q = astype(view(load(w, 34 * b + 2, 32), np.int8), np.float32)
-            store(out, 32 * b, q * half_lanes(w, 34 * b, 32))
+    def scales(quant, w, o, count):
+        return halves(every(w, o, 34, count, np.uint16))
 
     @staticmethod
     def pack(quant, x, w, n):

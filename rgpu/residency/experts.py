@@ -4,6 +4,7 @@ A lane is some ops, a bank and a table (expert → slot of the bank, or -1: anot
 and together cover every routed expert. `MappedExperts` is the simplest arrangement: one lane over the mapped file.
 """
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +21,18 @@ class Lane(NamedTuple):
 
 
 class MappedExperts:
-    """Every expert where the file has it: slot e of a layer's bank is expert e, for every layer and at all times."""
+    """Every expert where the file has it: slot e of a layer's bank is expert e, for every layer and at all times.
 
-    def __init__(self, ops: Ops, banks: list[Bank], n_expert: int):
+    A forward runs `with experts.readahead`, which learns from `boxes` (int32 [n_layer, 2 + ids]) what has been routed.
+    """
+
+    def __init__(self, ops: Ops, banks: list[Bank], n_expert: int, boxes: Array, readahead: AbstractContextManager):
         identity = ops.upload(np.arange(n_expert, dtype=np.int32))
         self.lanes = [Lane(ops, bank, identity) for bank in banks]
+        self.boxes, self.readahead = boxes, readahead
 
     def ffn(self, run, layer) -> None:
         """Add the routed experts' output for this step to `run.ws.out`."""
         lane = self.lanes[layer.index]
+        lane.ops.post(self.boxes[layer.index], run.ids)
         lane.ops.expert_ffn(run.ws.out, run.ws.h, lane.bank, lane.table, run.ids, run.weights)
