@@ -1,12 +1,14 @@
 """Threads that run tables of kernel calls without returning to Python: one row per call, the parts of a row shared out by need.
 
-Owns the rows' layout, the barrier between rows and the waiting of idle threads; knows nothing of what the kernels compute.
-A thread takes a row's next part until none is left, so that one which the system holds up leaves its parts to the others.
+Owns the rows' layout, the order between rows and the waiting of idle threads; knows nothing of what the kernels compute. Nobody
+waits for a thread, only for parts that one has taken: a thread that the system holds up leaves the rest to the others, and
+finds on its return that they are further on.
 """
 
 import os
 import platform
 import threading
+import time
 import weakref
 
 import numba
@@ -17,21 +19,25 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 # A row: where the native code lies, how many arguments of each kind, into how many parts the work is split, whether all rows
-# before must be finished first, the next part that nobody has taken (0 between runs), then the arguments (floats as bits).
-FUNCTION, SHAPE, PARTS, WAIT, NEXT, ARGUMENTS = range(6)
+# before must be finished first, how many parts these have, the next part that nobody has taken, then the arguments (floats as
+# bits). Parts are taken by number of the run and part, so that a thread that comes late to a finished run takes nothing.
+FUNCTION, SHAPE, PARTS, WAIT, BEFORE, NEXT, ARGUMENTS = range(7)
 ROW = 24  # words of 8 bytes
 MOST_INTEGERS = ROW - ARGUMENTS - 1
+RUN_BITS = 20  # a run's number stands above so many bits for a part
 
-# The words that the threads of a pool share, each on a cache line of its own.
+# The words that the threads of a pool share, each on a cache line of its own. JOB is odd while a run is on.
 LINE = 8
-JOB, ARRIVED, PHASE, FAILED = 0, LINE, 2 * LINE, 3 * LINE
+JOB, DONE, INSIDE, FAILED = 0, LINE, 2 * LINE, 3 * LINE
 TABLE, FIRST, LAST = 4 * LINE, 4 * LINE + 1, 4 * LINE + 2
 PARKED = 5 * LINE  # one line per thread
+COUNT = (1 << 32) - 1  # of DONE: the parts that are finished; the run's number stands above
 
 # A waiting thread spins, then offers its processor to others: a pure spin on a busy machine costs the thread that is waited for
 # its time slice. Between two tokens a worker waits for longer than sampling takes; then it sleeps until it is called.
 SPINS = 500  # about 10 microseconds
 PATIENCE = 30000  # yields of an idle worker, some 15 milliseconds
+KEPT_TABLES = 8
 
 
 # ---- what Numba lacks: atomic words, hints to the processor, calls by address ----
@@ -70,6 +76,17 @@ def _exchange(operation):
         return types.int64(types.int64, types.int64), codegen
 
     return exchange
+
+
+@intrinsic
+def _replace(typingctx, address, old, new):
+    """Store `new` if the word is still `old`; whether it was."""
+
+    def codegen(context, builder, sig, args):
+        address, old, new = args
+        return builder.extract_value(builder.cmpxchg(_pointer(builder, address), old, new, "seq_cst", "monotonic"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 _add = _exchange("add")  # both return what was there before
@@ -182,87 +199,118 @@ entry = numba.njit(nogil=True, cache=True)
 
 
 @register_jitable
-def _wait(address, value, patience):
-    """Until the word at `address` differs from `value`; False if it still does after `patience` yields (-1: no limit)."""
-    for _ in range(SPINS):
-        if _read(address) != value:
-            return True
-        _pause()
-    while patience != 0:
-        if _read(address) != value:
-            return True
-        _yield()
-        patience -= 1
-    return False
+def _take(next, run, parts):
+    """The next part of a row in this run; `parts` when none is left."""
+    while True:
+        word = _read(next)
+        number = word >> RUN_BITS
+        part = word - (run << RUN_BITS) if number == run else 0
+        if number > run or part >= parts:
+            return parts
+        if _replace(next, word, (run << RUN_BITS) + part + 1):
+            return part
 
 
 @register_jitable
-def _barrier(control, threads):
-    phase = _read(control + 8 * PHASE)
-    if _add(control + 8 * ARRIVED, 1) == threads - 1:
-        _write(control + 8 * ARRIVED, 0)
-        _write(control + 8 * PHASE, phase + 1)
-    else:
-        _wait(control + 8 * PHASE, phase, -1)
+def _finished(control, run, parts):
+    """Wait until `parts` parts of the run are finished; False if the whole run is."""
+    spins = 0
+    while True:
+        done = _read(control + 8 * DONE)
+        if done >> 32 != run:
+            return False
+        if done & COUNT >= parts:
+            return True
+        spins += 1
+        if spins < SPINS:
+            _pause()
+        else:
+            _yield()
 
 
 @register_jitable
-def _rows(control, table, first, last, threads):
-    """One thread's part of rows first..last; when it returns, all threads are done with them."""
+def _rows(control, table, first, last, run):
+    """A thread's share of rows first..last. When it returns, the thread has nothing to do in this run; others may."""
+    start = _read(table + 8 * (ROW * first + BEFORE))
     for r in range(first, last):
         row = table + 8 * ROW * r
-        if threads > 1 and r > first and _read(row + 8 * WAIT):
-            _barrier(control, threads)
+        if _read(row + 8 * WAIT) and not _finished(control, run, _read(row + 8 * BEFORE) - start):
+            return
         parts, next = _read(row + 8 * PARTS), row + 8 * NEXT
-        part = _add(next, 1)
+        part = _take(next, run, parts)
         while part < parts:
             if _invoke(row, part, parts) != 0:
                 _write(control + 8 * FAILED, 1)
-            part = _add(next, 1)
-        if part == parts + threads - 1:  # every thread has found the row empty once: this was the last
-            _write(next, 0)
-    if threads > 1:
-        _barrier(control, threads)
+            _add(control + 8 * DONE, 1)
+            part = _take(next, run, parts)
+
+
+@register_jitable
+def _job(control, seen, parked, bell):
+    """The number of a run that is on and is not `seen`; asleep (reading from `bell`) when none has come for long."""
+    while True:
+        job = seen
+        for i in range(SPINS + PATIENCE):
+            job = _read(control + 8 * JOB)
+            if job != seen and job & 1:
+                return job
+            if i < SPINS:
+                _pause()
+            else:
+                _yield()
+        _swap(parked, 1)
+        # Whoever has a job finds `parked` set and rings; if it came just before, the bell is not needed, or already rung.
+        if _read(control + 8 * JOB) == job or _swap(parked, 0) == 0:
+            _sleep(bell)
 
 
 @entry
-def _serve(control, thread, threads, bell):
-    """A worker's life: wait for a job, do its part; asleep (reading from `bell`) when none has come for long."""
-    parked = control + 8 * (PARKED + LINE * thread)
+def _serve(control, thread, bell):
+    """A worker's life, until it is given the table 0."""
     job = 0
     while True:
-        while not _wait(control + 8 * JOB, job, PATIENCE):
-            _swap(parked, 1)
-            # Whoever has a job finds `parked` set and rings; if it came just before, the bell is not needed, or already rung.
-            if _read(control + 8 * JOB) == job or _swap(parked, 0) == 0:
-                _sleep(bell)
-        job += 1
+        job = _job(control, job, control + 8 * (PARKED + LINE * thread), bell)
+        # A table stays where it is while a thread is inside; if the run is over by now, it may be gone, or be another.
+        _add(control + 8 * INSIDE, 1)
         words = control + 8 * TABLE
-        if _read(words) == 0:
-            return
-        _rows(control, _read(words), _read(words + 8), _read(words + 16), threads)
+        table, first, last = _read(words), _read(words + 8), _read(words + 16)
+        if _read(control + 8 * JOB) == job:
+            if table == 0:
+                return
+            _rows(control, table, first, last, job)
+        _add(control + 8 * INSIDE, -1)
 
 
 @register_jitable
 def _publish(control, table, first, last, threads, bells):
+    """Begin a run; `bells`: address of a file for each thread."""
+    run = _read(control + 8 * JOB) + 1
     _write(control + 8 * TABLE, table)
     _write(control + 8 * FIRST, first)
     _write(control + 8 * LAST, last)
-    _add(control + 8 * JOB, 1)
-    for thread in range(1, threads):
-        if _swap(control + 8 * (PARKED + LINE * thread), 0):
-            _wake(_read(bells + 8 * thread))
+    _write(control + 8 * DONE, run << 32)
+    if threads > 1:
+        _add(control + 8 * JOB, 1)
+        for thread in range(1, threads):
+            if _swap(control + 8 * (PARKED + LINE * thread), 0):
+                _wake(_read(bells + 8 * thread))
+    return run
 
 
 @entry
 def _run(control, table, first, last, threads, bells):
-    """The caller's side: publish a job, wake who sleeps, take part. `bells`: address of a file for each thread.
+    """The caller's side: a whole run.
 
     One call, so that no signal handler of Python's can come between and leave the others waiting.
     """
-    if threads > 1:
-        _publish(control, table, first, last, threads, bells)
-    _rows(control, table, first, last, threads)
+    if first >= last:
+        return
+    run = _publish(control, table, first, last, threads, bells)
+    _rows(control, table, first, last, run)
+    end = table + 8 * ROW * (last - 1)
+    parts = _read(end + 8 * BEFORE) + _read(end + 8 * PARTS) - _read(table + 8 * (ROW * first + BEFORE))
+    _finished(control, run, parts)
+    _add(control + 8 * JOB, 1 if threads > 1 else 2)
 
 
 @entry
@@ -271,7 +319,7 @@ def _dismiss(control, threads, bells):
     _publish(control, 0, 0, 0, threads, bells)
 
 
-LOOPS = ((_run, 6), (_serve, 4), (_dismiss, 3))  # what must be compiled before a pool starts, and the number of its arguments
+LOOPS = ((_run, 6), (_serve, 3), (_dismiss, 3))  # what must be compiled before a pool starts, and the number of its arguments
 
 
 # ---- Python's side ----
@@ -285,9 +333,9 @@ def _bell() -> tuple[int, int]:
     return os.pipe()
 
 
-def _worker(control: np.ndarray, thread: int, n_threads: int, bell: int) -> None:
+def _worker(control: np.ndarray, thread: int, bell: int) -> None:
     """A thread's only step in Python; `control` lives as long as it is used."""
-    _serve(control.ctypes.data, thread, n_threads, bell)
+    _serve(control.ctypes.data, thread, bell)
 
 
 def _close(control: np.ndarray, bells: np.ndarray, threads: list[threading.Thread], files: set[int]) -> None:
@@ -307,10 +355,11 @@ class Pool:
         self.control = np.zeros(PARKED + LINE * n_threads, np.int64)
         bells = [_bell() for _ in range(1, n_threads)]
         self.bells = np.array([-1, *(wake for _, wake in bells)], np.int64)
+        self.tables: dict[int, np.ndarray] = {}  # that a thread may still be in
         self.address, self.bells_at = self.control.ctypes.data, self.bells.ctypes.data
         workers = []
         for thread, (sleep, _) in enumerate(bells, 1):
-            arguments = (self.control, thread, n_threads, sleep)
+            arguments = (self.control, thread, sleep)
             workers.append(threading.Thread(target=_worker, args=arguments, name=f"rgpu-{thread}", daemon=True))
             workers[-1].start()
         # The threads keep the shared words alive, not the pool: they leave when it is forgotten.
@@ -321,7 +370,12 @@ class Pool:
 
         Raises MemoryError if a kernel found none for its scratch.
         """
+        self.tables[id(table)] = table
         _run(self.address, table.ctypes.data, first, last, threads or self.threads, self.bells_at)
+        while self.control[INSIDE] and len(self.tables) > KEPT_TABLES:
+            time.sleep(0)
+        if not self.control[INSIDE]:
+            self.tables.clear()
         if self.control[FAILED]:
             self.control[FAILED] = 0
             raise MemoryError("no memory for the scratch of a kernel")

@@ -1,4 +1,4 @@
-"""Builds the tables that a pool runs: one row per kernel call, and a barrier only where a row needs one.
+"""Builds the tables that a pool runs: one row per kernel call, waiting for others only where it must.
 
 Every call names the memory that it reads and writes. A row waits for the rows before it if it touches what one of them
 writes, or writes what one of them reads; projections of one input, for example, run side by side.
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .pool import ARGUMENTS, ROW
+from .pool import ARGUMENTS, ROW, RUN_BITS
 
 Span = tuple[int, int]  # first byte and the one after the last
 
@@ -28,6 +28,7 @@ class Table:
 
     def __init__(self):
         self.rows: list[list[int]] = []
+        self.parts = 0  # of all rows
         self.reads: list[Span] = []
         self.writes: list[Span] = []
 
@@ -40,10 +41,12 @@ class Table:
             self.reads, self.writes = [], []
         self.reads += reads
         self.writes += writes
-        words = [address, shape, parts, int(wait), 0, *arguments]
+        assert parts < 1 << RUN_BITS
+        words = [address, shape, parts, int(wait), self.parts, 0, *arguments]
         if shape % 2:  # the last argument is a float
             words[-1] = int(np.float64(words[-1]).view(np.int64))
         assert len(words) - ARGUMENTS == shape // 2 + shape % 2, "as many arguments as the kernel has"
+        self.parts += parts
         self.rows.append(words + [0] * (ROW - len(words)))
 
     def array(self) -> np.ndarray:
