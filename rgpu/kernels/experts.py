@@ -100,9 +100,9 @@ def down(quant, isa, out, downs, table, ids, weights, h, n_tokens, k, rows, cols
 
 @kernel("iiii")
 def group_by_expert(groups, ids, n_pairs, n_expert, part, parts):
-    """Counting sort by one part alone. `groups` (int32) is starts [n_expert + 1], then order [n_pairs]:
+    """Counting sort, by the first part alone. `groups` (int32) becomes starts [n_expert + 1], then order [n_pairs].
 
-    the pairs of expert e, in token order, are order[starts[e] : starts[e + 1]].
+    The pairs of expert e, in token order, are order[starts[e] : starts[e + 1]].
     """
     if part > 0:
         return
@@ -123,6 +123,12 @@ def group_by_expert(groups, ids, n_pairs, n_expert, part, parts):
 
 
 @piece
+def _count(starts, slots, e):
+    """The pairs of expert e that are done here."""
+    return starts[e + 1] - starts[e] if slots[e] >= 0 else 0
+
+
+@piece
 def _place_inputs(quant, scratch, x, cols, order, first, n, shared_by):
     """Tell the tile where the inputs of pairs order[first : first + n] lie: `shared_by` pairs have one row of x."""
     inputs, x_bytes = longs(scratch + INPUTS, BATCH), input_bytes(quant, cols)
@@ -140,14 +146,13 @@ def gate_up_many(
     starts, slots = ints(groups, n_expert + 1), ints(table, n_expert)
     order = ints(groups + 4 * (n_expert + 1), starts[n_expert])
     blocks, g_bytes, u_bytes = (rows + ROWS - 1) // ROWS, row_bytes(gate_quant, cols), row_bytes(up_quant, cols)
-    work = 0
+    work, done = 0, 0  # of all parts; of experts before e
     for e in range(n_expert):
-        if starts[e] < starts[e + 1] and slots[e] >= 0:
-            work += blocks * (READ + starts[e + 1] - starts[e])
+        count = _count(starts, slots, e)
+        work += blocks * (READ + count) if count else 0
     begin, end = share(work, part, parts)
-    done = 0  # by other parts, or before
     for e in range(n_expert):
-        if starts[e] == starts[e + 1] or slots[e] < 0:
+        if _count(starts, slots, e) == 0:
             continue
         cost = READ + starts[e + 1] - starts[e]
         # The blocks that begin within this part's share.
@@ -159,9 +164,10 @@ def gate_up_many(
             for p in range(starts[e], starts[e + 1], BATCH):
                 n = min(BATCH, starts[e + 1] - p)
                 _place_inputs(gate_quant, scratch, x_gate, cols, order, p, n, k)
-                product(gate_quant, isa, scratch, scratch + SUMS, gate, n_rows, cols, n)
+                product(gate_quant, isa, scratch, scratch + SUMS, gate, n_rows, cols, n, up, ROWS * u_bytes)
                 _place_inputs(up_quant, scratch, x_up, cols, order, p, n, k)
-                product(up_quant, isa, scratch, scratch + SUMS + SUMS_BYTES, up, n_rows, cols, n)
+                sums, following = scratch + SUMS + SUMS_BYTES, gate + ROWS * g_bytes
+                product(up_quant, isa, scratch, sums, up, n_rows, cols, n, following, ROWS * g_bytes)
                 for j in range(n):
                     sums = scratch + SUMS + 4 * ROWS * j
                     _swiglu(h, h_floats, order[p + j], rows, first, floats(sums, ROWS), floats(sums + SUMS_BYTES, ROWS), block)
@@ -176,16 +182,20 @@ def down_many(quant, isa, out, downs, table, groups, weights, h, n_expert, k, ro
     order, factors = ints(groups + 4 * (n_expert + 1), starts[n_expert]), floats(weights, starts[n_expert])
     w_bytes = row_bytes(quant, cols)
     begin, end = share((rows + ROWS - 1) // ROWS, part, parts)
-    for e in range(n_expert):
-        if slots[e] < 0:
-            continue
-        for first in range(begin * ROWS, min(end * ROWS, rows), ROWS):
-            n_rows = min(ROWS, rows - first)
+    for first in range(begin * ROWS, min(end * ROWS, rows), ROWS):
+        n_rows = min(ROWS, rows - first)
+        for e in range(n_expert):
+            if _count(starts, slots, e) == 0:
+                continue
+            following = e + 1
+            while following < n_expert and _count(starts, slots, following) == 0:
+                following += 1
+            w = _matrix(downs, slots[e]) + first * w_bytes
+            ahead = w if following == n_expert else _matrix(downs, slots[following]) + first * w_bytes
             for p in range(starts[e], starts[e + 1], BATCH):
                 n = min(BATCH, starts[e + 1] - p)
                 _place_inputs(quant, scratch, h, cols, order, p, n, 1)
-                w = _matrix(downs, slots[e]) + first * w_bytes
-                product(quant, isa, scratch, scratch + SUMS, w, n_rows, cols, n)
+                product(quant, isa, scratch, scratch + SUMS, w, n_rows, cols, n, ahead, n_rows * w_bytes)
                 for j in range(n):
                     pair, sums = order[p + j], floats(scratch + SUMS + 4 * ROWS * j, ROWS)
                     o = floats(out + 4 * (pair // k * rows + first), n_rows)

@@ -15,7 +15,7 @@ from numba.extending import intrinsic, overload
 from ..quants.blocks import row, unpack
 from ..quants.isa import emit_multiply_add
 from ..quants.products import expand
-from ..quants.vectors import Vector, emit_fma, shuffle
+from ..quants.vectors import Vector, emit_fma, prefetch, shuffle
 from . import kernel, piece
 from .matmul import input_bytes, row_bytes, share
 from .scalar import floats, longs
@@ -24,14 +24,12 @@ from .tiles import SQUARE, transpose
 LANES, VECTORS = SQUARE, 2
 ROWS = LANES * VECTORS  # also the length of a block of activations: experts.py makes one of each tile
 BATCH = 128  # tokens: their inputs stay in the L2 cache while W passes
-WORDS = 128  # of 4 bytes, of each row at a time: unpacked they take 16 KB, which stay in the L1 cache while the batch passes
-GROUPS = 4 * WORDS // 16  # at most
+COLUMNS = 256  # unpacked at a time: with 12 KB, the L1 cache keeps them while the batch passes
+WORDS = COLUMNS // 4 + 2 * COLUMNS // 16  # of 4 bytes: a row's quants, its scales and its minima (one each for 16 at most)
 
-# Scratch of a part in bytes from its start: unpacked rows, each [LANES, …]; then side by side, each […, ROWS]; the batch's
-# addresses, and its sums.
-RAW, RAW_SCALES, RAW_MINS, SIDE, SCALES, MINS, INPUTS, SUMS = np.cumsum(
-    [0, *(4 * LANES * n for n in (WORDS, GROUPS, GROUPS)), *(4 * ROWS * n for n in (WORDS, GROUPS, GROUPS)), 8 * BATCH]
-).tolist()
+# Scratch of a part, in bytes from its start: words of unpacked rows [LANES, WORDS]; of rows side by side [WORDS, ROWS]; the
+# addresses of the batch's inputs; its sums [BATCH, ROWS].
+UNPACKED, LINES, INPUTS, SUMS = np.cumsum([0, 4 * LANES * WORDS, 4 * WORDS * ROWS, 8 * BATCH]).tolist()
 SUMS_BYTES = 4 * ROWS * BATCH
 
 I32, I64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -145,15 +143,18 @@ def _add_floats(typingctx, sums, w, inputs, offset):
 
 
 @piece
-def _side_by_side(target, source, distance, words):
-    """`words` words of LANES rows, which are `distance` words apart, as LANES columns of lines of ROWS words."""
-    lines = (words + SQUARE - 1) // SQUARE * SQUARE  # the scratch has room for them
-    unpacked = floats(source, LANES * distance).reshape(LANES, distance)
-    transpose(floats(target, ROWS * lines).reshape(lines, ROWS)[:, :LANES], unpacked[:, :lines])
+def _interleave(scratch, first, words):
+    """LANES unpacked rows become the columns from `first` on of the lines."""
+    lines = (words + SQUARE - 1) // SQUARE * SQUARE
+    unpacked = floats(scratch + UNPACKED, LANES * WORDS).reshape(LANES, WORDS)
+    transpose(floats(scratch + LINES + 4 * first, ROWS * lines).reshape(lines, ROWS)[:, :LANES], unpacked[:, :lines])
 
 
 def _place(quant, scratch, w, w_bytes, n_rows, n):
-    """Unpack `n` columns of `n_rows` rows, which begin at address `w`, and lay the rows side by side. Numba only."""
+    """Unpack `n` columns of `n_rows` rows, which begin at address `w`, and lay the rows side by side. Numba only.
+
+    The lines are n / 4 of quants, then n / group of scales and as many of minima; or n of floats.
+    """
 
 
 @overload(_place)
@@ -162,19 +163,16 @@ def _place_of(quant, scratch, w, w_bytes, n_rows, n):
         groups = n // group
         for first in range(0, n_rows, LANES):
             for i in range(min(LANES, n_rows - first)):
-                q, factors = scratch + RAW + 4 * WORDS * i, scratch + 4 * GROUPS * i
-                packed = row(w + (first + i) * w_bytes, row_bytes(quant, n))
-                expand(quant, packed, row(q, n), floats(factors + RAW_SCALES, groups), floats(factors + RAW_MINS, groups), n)
-            _side_by_side(scratch + SIDE + 4 * first, scratch + RAW, WORDS, n // 4)
-            _side_by_side(scratch + SCALES + 4 * first, scratch + RAW_SCALES, GROUPS, groups)
-            _side_by_side(scratch + MINS + 4 * first, scratch + RAW_MINS, GROUPS, groups)
+                packed, q = row(w + (first + i) * w_bytes, row_bytes(quant, n)), scratch + UNPACKED + 4 * WORDS * i
+                expand(quant, packed, row(q, n), floats(q + n, groups), floats(q + n + 4 * groups, groups), n)
+            _interleave(scratch, first, n // 4 + 2 * groups)
 
     def singles(quant, scratch, w, w_bytes, n_rows, n):
         for first in range(0, n_rows, LANES):
             for i in range(min(LANES, n_rows - first)):
-                packed = row(w + (first + i) * w_bytes, row_bytes(quant, n))
-                unpack(quant, packed, floats(scratch + RAW + 4 * WORDS * i, n), n)
-            _side_by_side(scratch + SIDE + 4 * first, scratch + RAW, WORDS, n)
+                packed, unpacked = row(w + (first + i) * w_bytes, row_bytes(quant, n)), scratch + UNPACKED + 4 * WORDS * i
+                unpack(quant, packed, floats(unpacked, n), n)
+            _interleave(scratch, first, n)
 
     if quant.instance_class.block == 1:
         return singles
@@ -182,32 +180,26 @@ def _place_of(quant, scratch, w, w_bytes, n_rows, n):
     return integers
 
 
-def _multiply(quant, isa, scratch, sums, cols, first, n, n_tokens):
-    """Add the products of the placed columns, which are first … first + n - 1 of `cols`, to the tokens' sums. Numba only."""
+def _add_columns(quant, isa, tile, scratch, inputs, cols, first, n):
+    """tile + the placed columns, which are first … first + n - 1 of `cols`. Numba only."""
 
 
-@overload(_multiply)
-def _multiply_of(quant, isa, scratch, sums, cols, first, n, n_tokens):
-    step = tile_tokens(isa)
+@overload(_add_columns)
+def _add_columns_of(quant, isa, tile, scratch, inputs, cols, first, n):
+    def integers(quant, isa, tile, scratch, inputs, cols, first, n):
+        # In the inputs' rows d follows the quants, then the sums of 32 columns, then those of 16.
+        d, s = cols + first // 8, cols + (cols + first) // 8 if group == 32 else cols + (cols + first) // 4
+        w, scales, mins = scratch + LINES, scratch + LINES + ROWS * n, scratch + LINES + ROWS * n + 4 * ROWS * (n // group)
+        for c in range(0, n, 32):
+            g = c // group
+            scale, minimum = scales + 4 * ROWS * g, mins + 4 * ROWS * g
+            tile = _add_integers(quant, isa, tile, w + ROWS * c, scale, minimum, inputs, first + c, d + c // 8, s + 4 * g)
+        return tile
 
-    def integers(quant, isa, scratch, sums, cols, first, n, n_tokens):
-        # The planes of an activation row: q, d and, for groups of 32 or 16, their sums.
-        d = cols + first // 8
-        s = cols + cols // 8 + first // 8 if group == 32 else cols + cols // 4 + first // 4
-        for j in range(0, n_tokens, step):
-            inputs, tile = _next_inputs(isa, scratch + INPUTS + 8 * j), _load_sums(isa, sums + 4 * ROWS * j)
-            for c in range(0, n, 32):
-                g = 4 * ROWS * (c // group)
-                w, scales, mins = scratch + SIDE + ROWS * c, scratch + SCALES + g, scratch + MINS + g
-                tile = _add_integers(quant, isa, tile, w, scales, mins, inputs, first + c, d + c // 8, s + 4 * (c // group))
-            _store_sums(sums + 4 * ROWS * j, tile)
-
-    def singles(quant, isa, scratch, sums, cols, first, n, n_tokens):
-        for j in range(0, n_tokens, step):
-            inputs, tile = _next_inputs(isa, scratch + INPUTS + 8 * j), _load_sums(isa, sums + 4 * ROWS * j)
-            for c in range(n):
-                tile = _add_floats(tile, scratch + SIDE + 4 * ROWS * c, inputs, 4 * (first + c))
-            _store_sums(sums + 4 * ROWS * j, tile)
+    def singles(quant, isa, tile, scratch, inputs, cols, first, n):
+        for c in range(n):
+            tile = _add_floats(tile, scratch + LINES + 4 * ROWS * c, inputs, 4 * (first + c))
+        return tile
 
     if quant.instance_class.block == 1:
         return singles
@@ -218,31 +210,45 @@ def _multiply_of(quant, isa, scratch, sums, cols, first, n, n_tokens):
 # ---- whole products ----
 
 
+@piece
+def _fetch(address, nbytes):
+    memory = row(address, nbytes)
+    for o in range(0, nbytes, 64):
+        prefetch(memory, o)
+
+
 def _steps(quant, isa):
     """Columns that are unpacked at a time, tokens of a tile. Numba only."""
 
 
 @overload(_steps)
 def _steps_of(quant, isa):
-    steps = WORDS if quant.instance_class.block == 1 else 4 * WORDS, tile_tokens(isa)
+    steps = WORDS if quant.instance_class.block == 1 else COLUMNS, tile_tokens(isa)
     return lambda quant, isa: steps
 
 
 @piece
-def product(quant, isa, scratch, sums, w, n_rows, cols, n):
+def product(quant, isa, scratch, sums, w, n_rows, cols, n, ahead, ahead_bytes):
     """float32 sums [n, ROWS] = `n_rows` rows of W, which begin at address `w`, by the n inputs whose addresses lie at INPUTS.
 
-    `sums` has room for BATCH tokens; what is written beyond row n_rows and token n has no meaning.
+    `sums` has room for BATCH tokens; what is written beyond row n_rows and token n has no meaning. On the way, the `ahead_bytes`
+    from address `ahead` on, which are wanted next, are asked for: the processor itself does not foresee rows of a matrix.
     """
     columns, tokens = _steps(quant, isa)
     w_bytes, padded = row_bytes(quant, cols), (n + tokens - 1) // tokens * tokens
     inputs, tiles = longs(scratch + INPUTS, BATCH), floats(sums, ROWS * BATCH)
     inputs[n:padded] = inputs[n - 1]
     tiles[: ROWS * padded] = 0
+    n_tiles = (cols + columns - 1) // columns * (padded // tokens)
+    ahead_bytes = (ahead_bytes // n_tiles + 63) // 64 * 64  # at a time
     for first in range(0, cols, columns):
         n_columns = min(columns, cols - first)
         _place(quant, scratch, w + row_bytes(quant, first), w_bytes, n_rows, n_columns)
-        _multiply(quant, isa, scratch, sums, cols, first, n_columns, n)
+        for j in range(0, n, tokens):
+            _fetch(ahead, ahead_bytes)
+            ahead += ahead_bytes
+            tile, chosen = _load_sums(isa, sums + 4 * ROWS * j), _next_inputs(isa, scratch + INPUTS + 8 * j)
+            _store_sums(sums + 4 * ROWS * j, _add_columns(quant, isa, tile, scratch, chosen, cols, first, n_columns))
 
 
 @piece
@@ -265,7 +271,8 @@ def matmul_many(quant, isa, out, weight, x, n_tokens, rows, cols, part, parts):
         n, n_rows = min(BATCH, n_tokens - token), min(ROWS, rows - first)
         for j in range(n):
             inputs[j] = x + (token + j) * x_bytes
-        product(quant, isa, scratch, scratch + SUMS, weight + first * w_bytes, n_rows, cols, n)
+        w = weight + first * w_bytes
+        product(quant, isa, scratch, scratch + SUMS, w, n_rows, cols, n, w + ROWS * w_bytes, ROWS * w_bytes)
         for j in range(n):
             o = floats(out + 4 * ((token + j) * rows + first), n_rows)
             for r in range(n_rows):

@@ -55,8 +55,11 @@ class Qwen35Moe(Model):
         read.demand("ssm.time_step_rank", grouped, f"{n_v_head} value heads for {n_k_head} key heads")
         read.demand("ssm.inner_size", n_v_head >= 1 and inner % n_v_head == 0, inner)
         read.demand("ssm.conv_kernel", taps >= 2, taps)
-        head_k, head_v = read.integer("attention.key_length"), read.integer("attention.value_length")
-        read.demand("attention.value_length", head_k == head_v, f"{head_v} beside keys of {head_k}, whose gate it shares")
+        head_k, head_v = read.integer("ssm.state_size"), inner // max(n_v_head, 1)
+        for name, size in (("ssm.state_size", head_k), ("ssm.inner_size", head_v)):
+            read.demand(name, size % 16 == 0, f"heads of {size}, which is no multiple of 16")
+        key, value = read.integer("attention.key_length"), read.integer("attention.value_length")
+        read.demand("attention.value_length", key == value, f"{value} beside keys of {key}, whose gate it shares")
         listed = metadata.get(f"{cls.arch}.attention.recurrent_layers")
         if listed is not None:
             good = np.ndim(listed) == 1 and len(listed) == n_block
@@ -68,8 +71,8 @@ class Qwen35Moe(Model):
             n_conv=taps,
             n_k_head=n_k_head,
             n_v_head=n_v_head,
-            n_embd_k=read.integer("ssm.state_size"),
-            n_embd_v=inner // max(n_v_head, 1),
+            n_embd_k=head_k,
+            n_embd_v=head_v,
         )
         return read.hparams(n_vocab, extra)
 

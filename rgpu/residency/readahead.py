@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..ops import Array, Bank
+from ..ops import Array, Bank, Slots
 
 try:
     import resource
@@ -61,26 +61,37 @@ class PageCache:
         """Have what is missing of up to UNIT bytes read. Waits for nothing but a place in the device's queue."""
         begin, size = self.missing(address, nbytes) or (address, 0)
         for start in range(begin, begin + size, PIECE):
-            self._madvise(start, min(PIECE, begin + size - start), mmap.MADV_WILLNEED)
+            self.advise(start, min(PIECE, begin + size - start), mmap.MADV_WILLNEED)
+
+    def advise(self, begin: int, nbytes: int, advice: int) -> None:
+        """Tell the system something about whole pages; should it refuse, nothing but time is lost."""
+        self._madvise(begin, nbytes, advice)
 
 
 class ReadAhead:
     """`with readahead:` around a forward. While all weights are in memory, nothing happens.
 
     A forward after one that waited for storage has a thread beside it that requests the dense weights of the next layers, and
-    a layer's experts as soon as their ids are posted in its box (see the verb `post`).
+    a layer's experts as soon as their ids are posted in its box (see the verb `post`). For as long as that goes on, the system
+    is told not to read what lies around a missing page of an expert: up to megabytes that nobody may need.
     """
 
     def __init__(self, cache: PageCache, boxes: Array, banks: Sequence[Bank], dense: Sequence[Sequence[Range]]):
         """`dense`: what each layer reads whatever is routed, in order of use; the last item is what follows the layers."""
         assert len(boxes) == len(banks) == len(dense) - 1
         self.cache, self.boxes, self.banks, self.dense = cache, boxes, banks, dense
+        self.extents = [extent for bank in banks for slots in bank for extent in _extents(slots)]
+        self.scattered = False  # told so
         self.thread: threading.Thread | None = None
         self.over = threading.Event()
         self.waited = _waited()
         self.cold = not cache.tells or not self._all_there()
 
     def __enter__(self) -> None:
+        if self.cold != self.scattered:
+            for begin, nbytes in self.extents:
+                self.cache.advise(begin, nbytes, mmap.MADV_RANDOM if self.cold else mmap.MADV_NORMAL)
+            self.scattered = self.cold
         if self.cold:
             self.over.clear()
             seen = self.boxes[:, 0].copy()
@@ -114,7 +125,7 @@ class ReadAhead:
                 if self.over.wait(POLL):
                     return
             # Another order of memory may show the ids of the step before: these are requests that nobody needed.
-            yield from experts(self.banks[layer], box[2 : 2 + box[1]])
+            yield from _experts(self.banks[layer], box[2 : 2 + box[1]])
 
     def _all_there(self) -> bool:
         """Whether the first page of every dense matrix, and of some experts of every layer, is in memory."""
@@ -129,7 +140,7 @@ def _waited() -> tuple[int, int]:
     return usage.ru_majflt, usage.ru_inblock
 
 
-def experts(bank: Bank, ids: np.ndarray) -> Iterator[Range]:
+def _experts(bank: Bank, ids: np.ndarray) -> Iterator[Range]:
     """The matrices of these experts in the order in which they are read: few pairs one by one, many by expert."""
     chosen, first = np.unique(ids, return_index=True)
     if len(ids) < len(bank.gate.offset):
@@ -138,6 +149,14 @@ def experts(bank: Bank, ids: np.ndarray) -> Iterator[Range]:
         for expert in chosen:
             for slots in parts:
                 yield int(slots.addresses[expert]), slots.shape[0] * slots.row_bytes
+
+
+def _extents(slots: Slots) -> Iterator[Range]:
+    """The pages from the first matrix to the last, in each file that has some; what lies between them is included."""
+    for source in np.unique(slots.source):
+        mine = slots.addresses[slots.source == source]
+        begin = int(mine.min()) // mmap.PAGESIZE * mmap.PAGESIZE
+        yield begin, int(mine.max()) + slots.shape[0] * slots.row_bytes - begin
 
 
 def _units(matrix: Range) -> Iterator[Range]:
