@@ -10,8 +10,8 @@ import mmap
 import os
 import resource
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from ctypes import CDLL, c_size_t, c_void_p
 from pathlib import Path
 from statistics import median
@@ -26,15 +26,25 @@ from .machine import Interval, Patience
 CGROUPS = Path("/sys/fs/cgroup/memory")
 
 
-def limit_memory(n_bytes: int) -> None:
-    """Move this process into a memory cgroup of its own; raises RgpuError where there are none."""
+@contextmanager
+def memory_limit(n_bytes: int) -> Iterator[None]:
+    """Run the process in a memory cgroup of its own, if `n_bytes` is not 0; raises RgpuError where there are none."""
+    if not n_bytes:
+        yield
+        return
     own = next((text.split(":")[2] for text in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in text), None)
     if own is None or not os.access(CGROUPS, os.W_OK):
         raise RgpuError(f"--memory needs {CGROUPS} (cgroup version 1) and the right to write there")
-    group = CGROUPS / own.strip("/") / f"bench-cold-{os.getpid()}"
+    home = CGROUPS / own.strip("/")
+    group = home / f"bench-cold-{os.getpid()}"
     group.mkdir()
     (group / "memory.limit_in_bytes").write_text(str(n_bytes))
     (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        (home / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
 
 
 def drop(file: GGUFFile) -> None:
@@ -73,6 +83,10 @@ class Measurement:
 
     def turn(self, test: str, cache: str, readahead: bool) -> dict:
         self.patience.wait()
+        if not readahead:
+            self.readahead.cold = False
+            with self.readahead:  # takes back what it has told the system
+                pass
         self.experts.readahead = self.readahead if readahead else nullcontext()
         self.engine.back()
         if cache == "dropped":
@@ -108,16 +122,15 @@ def table(row: dict) -> str:
 
 def main(argv=None) -> int:
     p = compare.parser("cold", __doc__)
-    p.add_argument("--memory", type=float, metavar="GB", help="memory of the process, page cache included (default: all)")
+    p.add_argument("--memory", type=float, default=0, metavar="GB", help="memory of the process, page cache included")
     p.add_argument("--steps", type=compare.number(1), default=64, help="tokens one by one (default %(default)s)")
     p.add_argument("--tokens", type=compare.number(1), default=512, help="tokens of the prompt (default %(default)s)")
     args = p.parse_args(argv)
     try:
         with GGUFFile(args.model) as file:
             drop(file)  # pages that others have had read would not count
-        if args.memory:
-            limit_memory(int(args.memory * 1e9))
-        rows = Measurement(args).rows()
+        with memory_limit(int(args.memory * 1e9)):
+            rows = Measurement(args).rows()
     except (RgpuError, OSError) as error:
         print(line(error), file=sys.stderr)
         return 1

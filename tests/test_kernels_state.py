@@ -9,8 +9,8 @@ import pytest
 
 from rgpu import kernels
 from rgpu.kernels import attention, elementwise, recurrent
+from rgpu.kernels.microkernel import LANES, ROWS, SQUARE, add_product, transpose
 from rgpu.kernels.scalar import exp, floats, sigmoid
-from rgpu.kernels.tiles import LANES, ROWS, SQUARE, add_product, transpose
 from rgpu.ops import L2_EPS
 from rgpu.ops.reference import ReferenceOps
 from rgpu.quants import TYPES

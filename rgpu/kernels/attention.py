@@ -12,8 +12,8 @@ import numpy as np
 from ..quants.blocks import row, unpack
 from ..quants.vectors import load, store, total
 from . import kernel, piece
+from .microkernel import LANES, ROWS, SQUARE, add_product, transpose
 from .scalar import LINE, exp, floats, ints, matrix, maximum, release, take
-from .tiles import LANES, ROWS, SQUARE, add_product, transpose
 
 TILE = 64  # cache positions at a time: keys and values of 256 dimensions take 128 KB
 BLOCK = 16  # tokens that share an unpacked tile

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..quants.vectors import fma, full, load, store, zeros
 from . import kernel, piece
+from .microkernel import LANES, ROWS, SQUARE, add_product, transpose
 from .scalar import LINE, exp, floats, matrix, release, sigmoid, silu, squares, take
-from .tiles import LANES, ROWS, SQUARE, add_product, transpose
 
 CHUNK = 32  # a multiple of LANES
 FEW = 4  # up to so many tokens the step form is quicker

@@ -18,8 +18,8 @@ from ..quants.products import expand
 from ..quants.vectors import Vector, emit_fma, prefetch, shuffle
 from . import kernel, piece
 from .matmul import input_bytes, row_bytes, share
+from .microkernel import SQUARE, transpose
 from .scalar import floats, longs
-from .tiles import SQUARE, transpose
 
 LANES, VECTORS = SQUARE, 2
 ROWS = LANES * VECTORS  # also the length of a block of activations: experts.py makes one of each tile

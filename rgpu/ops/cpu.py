@@ -19,8 +19,9 @@ from ..quants.activations import row_bytes
 from ..quants.isa import best
 from . import L2_EPS, check
 
-MOST_PARTS = 64  # of a row: enough for the threads of any processor to share it evenly
-GRAIN = 1 << 15  # bytes of weights in a part: about a microsecond
+MOST_PARTS = 64  # of a row
+PARTS_PER_THREAD = 8  # of a row that streams weights: enough to even out, and each long enough for the memory to get going
+GRAIN = 1 << 16  # bytes of weights in a part, at least: two microseconds
 OVERSUBSCRIBED = 4  # threads per processor at most
 KEPT_TABLES = 16
 UNHEARD = 0.1  # seconds in compiled code after which Python gets a turn, to notice Ctrl-C
@@ -52,11 +53,6 @@ def rows_at(x) -> tuple[int, int, int, int]:
     assert x.dtype == np.float32 and x.strides[-1] == 4
     assert all(x.strides[i] == x.strides[i + 1] * x.shape[i + 1] for i in range(x.ndim - 2) if x.shape[i] > 1)
     return x.__array_interface__["data"][0], stride, x.size // n, n
-
-
-def share(nbytes: int) -> int:
-    """Parts for a row that reads so many bytes."""
-    return min(max(nbytes // GRAIN, 1), MOST_PARTS)
 
 
 @check
@@ -187,6 +183,10 @@ class CpuOps:
                 self._up_to_date(x, (blocks,))
         return blocks
 
+    def _share(self, nbytes):
+        """Parts for a row that reads so many bytes of weights."""
+        return min(max(nbytes // GRAIN, 1), PARTS_PER_THREAD * self.threads)
+
     # ---- verbs ----
 
     def embed(self, out, weight, tokens):
@@ -198,7 +198,7 @@ class CpuOps:
         assert x.shape == (n, columns) and out.shape == (n, rows)
         source = self._input(weight.quant, x)
         few = n <= matmul.FEW
-        parts = share(rows * weight.row_bytes) if few else min(max(rows * n // 4096, 1), MOST_PARTS)
+        parts = self._share(rows * weight.row_bytes) if few else min(max(rows * n // 4096, 1), MOST_PARTS)
         arguments = at(out), weight.address, at(source), n, rows, columns
         kernel = matmul.matmul if few else tile.matmul_many
         self._row(kernel, (weight.quant, self.isa), arguments, parts, [source], [out])
@@ -311,14 +311,14 @@ class CpuOps:
             at(hidden), int(down.block == 1), at(bank.gate.addresses), at(bank.up.addresses), slots, at(chosen),
             at(x_gate), at(x_up), count, k, rows, columns,
         )  # fmt: skip
-        parts = share(pairs * rows * (bank.gate.row_bytes + bank.up.row_bytes)) if few else MOST_PARTS
+        parts = self._share(pairs * rows * (bank.gate.row_bytes + bank.up.row_bytes)) if few else MOST_PARTS
         kernel = experts.gate_up if few else experts.gate_up_many
         self._row(kernel, (gate, up, self.isa), arguments, parts, [x_gate, x_up, chosen, table], [hidden])
         arguments = (
             at(out), at(bank.down.addresses), slots, at(chosen), at(weights), at(hidden), n if few else n_expert, k,
             columns, rows,
         )  # fmt: skip
-        parts = share(pairs * columns * bank.down.row_bytes) if few else min(MOST_PARTS, max(columns // 32, 1))
+        parts = self._share(pairs * columns * bank.down.row_bytes) if few else min(MOST_PARTS, max(columns // 32, 1))
         kernel = experts.down if few else experts.down_many
         self._row(kernel, (down, self.isa), arguments, parts, [hidden, chosen, weights, table, out], [out])
 
