@@ -6,6 +6,7 @@ all the time. Rows go to bench/results/cold.csv, a table to stderr; the last lin
 
 import argparse
 import json
+import math
 import mmap
 import os
 import resource
@@ -83,15 +84,12 @@ class Measurement:
 
     def turn(self, test: str, cache: str, readahead: bool) -> dict:
         self.patience.wait()
-        if not readahead:
-            self.readahead.cold = False
-            with self.readahead:  # takes back what it has told the system
-                pass
         self.experts.readahead = self.readahead if readahead else nullcontext()
+        self.readahead.scatter(False)
+        self.readahead.ended = -math.inf  # as after a long pause: it looks for itself whether pages are missing
         self.engine.back()
         if cache == "dropped":
             drop(self.engine.engine.file)
-            self.readahead.cold = True  # as it would find when it opened the file now
         _, evaluate, tokens = self.work[test]
         return measured(lambda: evaluate(tokens))
 

@@ -1,6 +1,7 @@
 """Read-ahead: what is requested and in which order, for every layout of a file; what then lies in the page cache."""
 
 import ctypes
+import math
 import mmap
 import os
 import time
@@ -214,31 +215,59 @@ def test_large_requests_arrive_whole(tmp_path):
 
 
 @needs_linux
+def logits(engine):
+    session = engine.session()
+    return np.stack([session.forward(TOKENS), *(session.forward([token]) for token in TOKENS[:4])])
+
+
+@needs_linux
 def test_a_cold_run_gives_the_answer_of_a_warm_one(tmp_path, monkeypatch):
-    path = written(tmp_path, "per_expert")
-
-    def logits(engine):
-        session = engine.session()
-        return np.stack([session.forward(TOKENS), *(session.forward([token]) for token in TOKENS[:4])])
-
-    with Engine.open(path, n_ctx=256) as engine:
-        ahead = engine.executor.experts.readahead
-        assert not ahead.cold, "a file that was just written is in memory"
+    with Engine.open(written(tmp_path, "per_expert"), n_ctx=256) as engine:
+        ahead, followed = engine.executor.experts.readahead, []
+        follow = ahead._follow
+        monkeypatch.setattr(ahead, "_follow", lambda seen: followed.append(follow(seen)))
         warm = logits(engine)
+        assert warm.std() > 0.5
+        settle(engine, followed, warm)
         evict(engine.file)
-        assert not ahead.cold
-        assert (logits(engine) == warm).all() and warm.std() > 0.5  # finds out in its first step
+        assert (logits(engine) == warm).all()
+        assert followed, "from the second step on"
+        assert ahead.thread is None and ahead.over.is_set()
+        settle(engine, followed, warm)
         evict(engine.file)
-    with Engine.open(path, n_ctx=256) as engine:
-        ahead = engine.executor.experts.readahead
-        assert ahead.cold
-        assert (logits(engine) == warm).all() and ahead.thread is None
-        for _ in range(20):  # something else in the process may read from storage too
-            if not ahead.cold:
-                break
-            logits(engine)
-        monkeypatch.setattr(ahead, "_follow", None)
-        assert not ahead.cold and (logits(engine) == warm).all()
+        ahead.ended = -math.inf
+        assert (engine.session().forward(TOKENS) == warm[0]).all() and followed, "after a pause it looks before the first"
+
+
+def settle(engine, followed, warm):
+    """Run until nothing is requested: soon, but something else in the process may read from storage too."""
+    for _ in range(20):
+        followed.clear()
+        assert (logits(engine) == warm).all()
+        if not followed:
+            return
+    pytest.fail("what is in memory is requested again and again")
+
+
+@needs_linux
+def test_a_forward_that_breaks_leaves_no_thread(engine, monkeypatch):
+    ahead, ops = engine.executor.experts.readahead, engine.executor.ops
+    session = engine.session()
+    expected = session.forward(TOKENS[:5])
+    session.reset()
+
+    def broken(*arguments):
+        assert ahead.thread.is_alive()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "expert_ffn", broken)
+        ahead.cold = True
+        with pytest.raises(KeyboardInterrupt):
+            session.forward(TOKENS[:5])
+    assert ahead.thread is None
+    ahead.cold = True
+    assert (session.forward(TOKENS[:5]) == expected).all()
 
 
 def test_a_system_without_requests(tmp_path, monkeypatch):

@@ -66,35 +66,6 @@ def rms_norm(out, x, x_stride, weight, n_rows, n, q8, eps, part, parts):
         _activations(q8, r, o)
 
 
-@kernel("iiiiiiif")
-def add_norm(out, x, y, weight, n_rows, n, q8, eps, part, parts):
-    """x += y, then out = rms_norm(x)."""
-    for r in range(part, n_rows, parts):
-        o, xr = floats(out + 4 * r * n, n), floats(x + 4 * r * n, n)
-        _add(xr, floats(y + 4 * r * n, n))
-        _norm(o, xr, floats(weight, n), eps)
-        _activations(q8, r, o)
-
-
-@piece
-def _norm_gate(out, x, weight, z, eps):
-    scale, whole = _scale(x, eps), x.size - x.size % LANES
-    for i in range(0, whole, LANES):
-        store(out, i, load(x, i, LANES) * scale * load(weight, i, LANES) * silu(load(z, i, LANES)))
-    for i in range(whole, x.size):
-        out[i] = x[i] * scale * weight[i] * silu(z[i])
-
-
-@kernel("iiiiiiiif")
-def norm_gate(out, x, weight, z, n_rows, n_head, n, q8, eps, part, parts):
-    """out[r, h] = rms_norm(x[r, h]) · weight · silu(z[r, h]); x, z, out [n_rows, n_head, n], weight [n]; may work in place."""
-    for r in range(part, n_rows, parts):
-        for i in range(r * n_head, (r + 1) * n_head):
-            at = 4 * i * n
-            _norm_gate(floats(out + at, n), floats(x + at, n), floats(weight, n), floats(z + at, n), eps)
-        _activations(q8, r, floats(out + 4 * r * n_head * n, n_head * n))
-
-
 @kernel("iiiiii")
 def swiglu(out, gate, up, n_rows, n, q8, part, parts):
     """out[r] = silu(gate[r])·up[r], elementwise; may work in place."""

@@ -5,9 +5,11 @@ and what the layers post; reads no weight itself and pins none: what stays in me
 """
 
 import ctypes
+import math
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +28,8 @@ UNIT = 1 << 21  # bytes that are looked at together
 PIECE = 1 << 17  # bytes of one request: Linux drops what goes beyond a device's read-ahead, which is this by default
 DEPTH = 2  # layers whose dense weights are requested before the one that computes
 POLL = 1e-4  # seconds between two looks at a layer's box
-SAMPLES = 256  # pages that are looked at before the first step
+IDLE = 1.0  # seconds between two forwards in which others may have taken the memory
+SAMPLES = 256  # matrices of experts that are looked at then
 
 
 def supported() -> bool:
@@ -71,9 +74,8 @@ class PageCache:
 class ReadAhead:
     """`with readahead:` around a forward. While all weights are in memory, nothing happens.
 
-    A forward after one that waited for storage has a thread beside it that requests the dense weights of the next layers, and
-    a layer's experts as soon as their ids are posted in its box (see the verb `post`). For as long as that goes on, the system
-    is told not to read what lies around a missing page of an expert: up to megabytes that nobody may need.
+    A forward after one that waited for storage, or after a pause in which pages were lost, has a thread beside it that requests
+    the dense weights of the next layers, and a layer's experts as soon as their ids are posted in its box (see the verb `post`).
     """
 
     def __init__(self, cache: PageCache, boxes: Array, banks: Sequence[Bank], dense: Sequence[Sequence[Range]]):
@@ -81,17 +83,17 @@ class ReadAhead:
         assert len(boxes) == len(banks) == len(dense) - 1
         self.cache, self.boxes, self.banks, self.dense = cache, boxes, banks, dense
         self.extents = [extent for bank in banks for slots in bank for extent in _extents(slots)]
-        self.scattered = False  # told so
+        self.scattered = False
         self.thread: threading.Thread | None = None
         self.over = threading.Event()
-        self.waited = _waited()
-        self.cold = not cache.tells or not self._all_there()
+        self.sample = self._sample()
+        self.cold, self.waited, self.ended = False, (0, 0), -math.inf
 
     def __enter__(self) -> None:
-        if self.cold != self.scattered:
-            for begin, nbytes in self.extents:
-                self.cache.advise(begin, nbytes, mmap.MADV_RANDOM if self.cold else mmap.MADV_NORMAL)
-            self.scattered = self.cold
+        if time.monotonic() - self.ended > IDLE:
+            self.cold = any(self.cache.missing(address, 1) for address in self.sample)
+            self.waited = _waited()
+        self.scatter(self.cold)
         if self.cold:
             self.over.clear()
             seen = self.boxes[:, 0].copy()
@@ -104,7 +106,14 @@ class ReadAhead:
             self.thread.join()
             self.thread = None
         waited = _waited()
-        self.cold, self.waited = waited != self.waited, waited
+        self.cold, self.waited, self.ended = waited != self.waited, waited, time.monotonic()
+
+    def scatter(self, on: bool) -> None:
+        """While `on`, the system reads nothing around a missing page of an expert: that can be megabytes which nobody needs."""
+        if on != self.scattered:
+            for begin, nbytes in self.extents:
+                self.cache.advise(begin, nbytes, mmap.MADV_RANDOM if on else mmap.MADV_NORMAL)
+            self.scattered = on
 
     def _follow(self, seen: np.ndarray) -> None:
         """The life of the thread; `seen`: the counts in the boxes before the forward."""
@@ -127,11 +136,10 @@ class ReadAhead:
             # Another order of memory may show the ids of the step before: these are requests that nobody needed.
             yield from _experts(self.banks[layer], box[2 : 2 + box[1]])
 
-    def _all_there(self) -> bool:
-        """Whether the first page of every dense matrix, and of some experts of every layer, is in memory."""
+    def _sample(self) -> list[int]:
+        """Addresses in every dense matrix, and in some experts of every layer."""
         matrices = np.concatenate([slots.addresses for bank in self.banks for slots in bank])
-        some = matrices[:: max(len(matrices) // SAMPLES, 1)].tolist()
-        return not any(self.cache.missing(address, 1) for address in [*(at for part in self.dense for at, _ in part), *some])
+        return [*(at for part in self.dense for at, _ in part), *matrices[:: max(len(matrices) // SAMPLES, 1)].tolist()]
 
 
 def _waited() -> tuple[int, int]:
@@ -142,9 +150,9 @@ def _waited() -> tuple[int, int]:
 
 def _experts(bank: Bank, ids: np.ndarray) -> Iterator[Range]:
     """The matrices of these experts in the order in which they are read: few pairs one by one, many by expert."""
-    chosen, first = np.unique(ids, return_index=True)
-    if len(ids) < len(bank.gate.offset):
-        chosen = ids[np.sort(first)]
+    chosen = dict.fromkeys(ids.tolist())
+    if len(ids) >= len(bank.gate.offset):
+        chosen = sorted(chosen)
     for parts in ((bank.gate, bank.up), (bank.down,)):
         for expert in chosen:
             for slots in parts:
@@ -153,7 +161,7 @@ def _experts(bank: Bank, ids: np.ndarray) -> Iterator[Range]:
 
 def _extents(slots: Slots) -> Iterator[Range]:
     """The pages from the first matrix to the last, in each file that has some; what lies between them is included."""
-    for source in np.unique(slots.source):
+    for source in set(slots.source.tolist()):
         mine = slots.addresses[slots.source == source]
         begin = int(mine.min()) // mmap.PAGESIZE * mmap.PAGESIZE
         yield begin, int(mine.max()) + slots.shape[0] * slots.row_bytes - begin
