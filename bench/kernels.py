@@ -72,10 +72,16 @@ def products(ops, quant: str):
     bank, table = Bank(*slots), (np.arange(N_EXPERT) % n_slots).astype(np.int32)
     ids = np.stack([rng.permutation(N_EXPERT)[:K] for _ in range(PREFILL)]).astype(np.int32)
     share, y = np.full((PREFILL, K), 1 / K, np.float32), np.zeros((PREFILL, N_EMBD), np.float32)
-    for n in (1, PREFILL):
-        touched, macs = len(np.unique(ids[:n])), 3 * n * K * N_FF * N_EMBD
-        step = lambda n=n: ops.expert_ffn(y[:n], x[:n], bank, table, ids[:n], share[:n])  # noqa: E731
-        yield "expert_ffn", n, 3 * touched * each, macs, step
+    many = 3 * PREFILL * K * N_FF * N_EMBD
+    yield "expert_ffn", PREFILL, 3 * len(np.unique(ids)) * each, many, lambda: ops.expert_ffn(y, x, bank, table, ids, share)
+    # Token after token through all experts, as the layers of a model do: eight of them would stay in a cache.
+    apart = rng.permutation(n_slots)[: n_slots // K * K].reshape(-1, 1, K).astype(np.int32)
+
+    def tokens():
+        for chosen in apart:
+            ops.expert_ffn(y[:1], x[:1], bank, table, chosen, share[:1])
+
+    yield "expert_ffn", 1, 3 * apart.size * each, 3 * apart.size * N_FF * N_EMBD, tokens
 
 
 def attention(ops, kv: str):
