@@ -90,7 +90,7 @@ class Executor:
         ends = [*range(n - n_logits, n, LOGIT_ROWS), n]
         pieces = list(pairwise(ends))
         rows = []
-        with self.experts.readahead:
+        with self.experts.forward(n):
             if self.trace:
                 self._layers(run)
             else:

@@ -94,7 +94,7 @@ _swap = _exchange("xchg")
 
 
 @intrinsic
-def _pause(typingctx):
+def pause(typingctx):
     """Tell the processor that this is a waiting loop."""
 
     def codegen(context, builder, sig, args):
@@ -113,7 +113,7 @@ def _pause(typingctx):
 
 
 @intrinsic
-def _yield(typingctx):
+def yield_(typingctx):
     """Let another thread have the processor."""
 
     def codegen(context, builder, sig, args):
@@ -223,9 +223,9 @@ def _finished(control, run, parts):
             return True
         spins += 1
         if spins < SPINS:
-            _pause()
+            pause()
         else:
-            _yield()
+            yield_()
 
 
 @register_jitable
@@ -255,9 +255,9 @@ def _job(control, seen, parked, bell):
             if job != seen and job & 1:
                 return job
             if i < SPINS:
-                _pause()
+                pause()
             else:
-                _yield()
+                yield_()
         _swap(parked, 1)
         # Whoever has a job finds `parked` set and rings; if it came just before, the bell is not needed, or already rung.
         if _read(control + 8 * JOB) == job or _swap(parked, 0) == 0:

@@ -59,6 +59,11 @@ class Slots:
         bases = np.array([part.__array_interface__["data"][0] for part in self.data], np.int64)
         return bases[self.source] + self.offset
 
+    def place(self, slot: int, offset: int) -> None:
+        """The slot's matrix begins at byte `offset` of its data from now on."""
+        self.addresses[slot] += offset - self.offset[slot]
+        self.offset[slot] = offset
+
     def weight(self, slot: int) -> Weight:
         start = int(self.offset[slot])
         data = self.data[self.source[slot]][start : start + self.shape[0] * self.row_bytes]
@@ -109,7 +114,7 @@ class Ops(Protocol):
         """A copy on the host; waits for what computes it."""
 
     def copy(self, out: Array, x: Array) -> None:
-        """out = x, same shape and dtype."""
+        """out = x, same shape and dtype of 4 bytes."""
 
     def replay(self, key: Hashable | None, step: Callable[[], None]) -> None:
         """Run the verbs that `step` calls. What it does may be recorded and repeated without calling it when the key comes back.
@@ -157,11 +162,18 @@ class Ops(Protocol):
     def route(self, ids: Array, weights: Array, logits: Array) -> None:
         """ids int32, weights [n, k]: the k largest of softmax(logits [n, n_expert]), renormalised; may spend the logits."""
 
-    def post(self, box: Array, ids: Array) -> None:
+    def post(self, box: Array, ids: Array, table: Array | None = None, after: Array | None = None) -> None:
         """box[2:] = ids (int32 of any shape), box[1] = their number, last box[0] += 1: for a thread that watches box[0].
 
-        Who sees the new count sees the ids. Nothing is computed from a box.
+        With a `table` (int32 [n_expert]): only the ids that have no slot there, and nothing at all if there are none. `after`:
+        what the verbs before have written is there when the count is. Nothing is computed from a box.
         """
+
+    def wait(self, box: Array, answer: Array, table: Array) -> None:
+        """Go on when answer[0] has reached box[0] (int32): whoever answers has brought what was asked for into `table`."""
+
+    def publish(self, answer: Array, count: int) -> None:
+        """answer[0] = count, after all that the calling thread has written; at once, from any thread."""
 
     def expert_ffn(self, out: Array, x: Array, bank: Bank, table: Array, ids: Array, weights: Array) -> None:
         """out[t] += Σ_k weights[t, k] · down(silu(gate x[t]) · up x[t]) of slot table[ids[t, k]], skipping slot -1."""

@@ -73,8 +73,8 @@ class CpuOps:
 
     def prepare(self, needs, progress):
         e, r, isa = elementwise, recurrent, self.isa
-        plain = [e.rms_norm, e.swiglu, e.gate, e.gate_rows, e.add, e.zero, e.rope, e.route,
-                 matmul.quantize, experts.group_by_expert, post.post, attention.attention_combine]  # fmt: skip
+        plain = [e.rms_norm, e.swiglu, e.gate, e.gate_rows, e.add, e.copy, e.zero, e.rope, e.route,
+                 matmul.quantize, experts.group_by_expert, post.post, post.wait, attention.attention_combine]  # fmt: skip
         if needs.recurrent:
             plain += [r.short_conv, r.delta_rule]
         kv, jobs = TYPES[needs.kv], [(k,) for k in plain]
@@ -103,8 +103,11 @@ class CpuOps:
         return x.copy()
 
     def copy(self, out, x):
-        assert self.recording is None, "a copy is not recorded"
-        np.copyto(out, x)
+        assert out.shape == x.shape and out.dtype == x.dtype and x.itemsize == 4
+        if self.recording is None:
+            np.copyto(out, x)
+        else:
+            self._row(elementwise.copy, (), (at(out), at(x), x.size), 1, [x], [out])
 
     # ---- rows ----
 
@@ -291,9 +294,17 @@ class CpuOps:
         arguments = at(ids), at(weights), at(logits), *logits.shape, ids.shape[1]
         self._row(elementwise.route, (), arguments, min(len(ids), MOST_PARTS), [logits], [ids, weights, logits])
 
-    def post(self, box, ids):
+    def post(self, box, ids, table=None, after=None):
         assert box.dtype == ids.dtype == np.int32 and ids.size <= len(box) - 2
-        self._row(post.post, (), (at(box), at(ids), ids.size), 1, [ids], [box])
+        known = [] if table is None else [table]
+        arguments = at(box), at(ids), ids.size, at(table) if known else 0
+        self._row(post.post, (), arguments, 1, [ids, *known, *([] if after is None else [after])], [box])
+
+    def wait(self, box, answer, table):
+        self._row(post.wait, (), (at(box), at(answer)), 1, [box, answer], [table])
+
+    def publish(self, answer, count):
+        post.publish(at(answer), count)
 
     def expert_ffn(self, out, x, bank, table, ids, weights):
         (n, k), n_expert = ids.shape, len(table)

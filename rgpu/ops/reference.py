@@ -4,6 +4,8 @@ Weights are dequantised at every use and sums are float32 as NumPy forms them; n
 of a product's input to int8 blocks, where the weights are blocks too, is part of the specification.
 """
 
+import time
+
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
@@ -136,10 +138,19 @@ class ReferenceOps:
         chosen = np.take_along_axis(p, ids.astype(np.int64), axis=1)
         weights[...] = chosen / chosen.sum(axis=1, keepdims=True)
 
-    def post(self, box, ids):
-        box[2 : 2 + ids.size] = ids.reshape(-1)
-        box[1] = ids.size
-        box[0] += 1
+    def post(self, box, ids, table=None, after=None):
+        sent = ids.reshape(-1) if table is None else ids[table[ids] < 0]
+        if table is None or sent.size:
+            box[2 : 2 + sent.size] = sent
+            box[1] = sent.size
+            box[0] += 1
+
+    def wait(self, box, answer, table):
+        while answer[0] < box[0]:
+            time.sleep(1e-5)
+
+    def publish(self, answer, count):
+        answer[0] = count
 
     def expert_ffn(self, out, x, bank, table, ids, weights):
         for expert in np.unique(ids):

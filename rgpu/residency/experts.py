@@ -23,13 +23,20 @@ class Lane(NamedTuple):
 class MappedExperts:
     """Every expert where the file has it: slot e of a layer's bank is expert e, for every layer and at all times.
 
-    A forward runs `with experts.readahead`, which learns from `boxes` (int32 [n_layer, 2 + ids]) what has been routed.
+    The read-ahead learns from `boxes` (int32 [n_layer, 2 + ids]) what has been routed.
     """
 
     def __init__(self, ops: Ops, banks: list[Bank], n_expert: int, boxes: Array, readahead: AbstractContextManager):
         identity = ops.upload(np.arange(n_expert, dtype=np.int32))
         self.lanes = [Lane(ops, bank, identity) for bank in banks]
         self.boxes, self.readahead = boxes, readahead
+
+    def forward(self, n_tokens: int) -> AbstractContextManager:
+        """What a forward of `n_tokens` runs within."""
+        return self.readahead
+
+    def close(self) -> None:
+        """Nothing is held here: the file is the engine's."""
 
     def ffn(self, run, layer) -> None:
         """Add the routed experts' output for this step to `run.ws.out`."""
