@@ -4,36 +4,22 @@ Knows nothing of models. Where a system has no /proc, what comes from there is N
 """
 
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from rgpu import machine as rates
+from rgpu.machine import memory, name  # noqa: F401 (asked for as bench.machine's, beside all else that a figure needs)
 
 ROOT = Path(__file__).parents[1]
 IDLE = 0.15  # processors in use on a machine that counts as idle: a terminal and a few daemons
 WINDOW = 0.2  # seconds that the use is watched; /proc/stat counts in steps of 0.01
 REGION = 1 << 31  # bytes that are read to measure memory, where a file has as many
 CACHED = 1 << 30  # bytes up to which a file might stay in some cache
-PIECE = 1 << 24  # bytes that one thread reads at a time, so that no thread waits long for the slower one
-
-
-def name() -> str:
-    """The processor, how many of its cores there are, and the memory."""
-    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        processor = next((text.split(":")[1].strip() for text in lines if text.startswith("model name")), processor)
-    return f"{processor}, {os.cpu_count()} cores, {memory() / 2**30:.0f} GiB"
-
-
-def memory() -> int:
-    """Bytes of main memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def commit() -> str:
@@ -131,16 +117,7 @@ def read_rate(path: Path, threads: int) -> tuple[float, str]:
 
 
 def read(path: str, threads: int) -> tuple[float, str]:
-    """The same in this process: the best of five passes over the mapped "file", or a "buffer" if a cache might hold the file."""
+    """The same in this process: the best of some passes over the mapped "file", or a "buffer" if a cache might hold the file."""
     large = os.path.getsize(path) >= CACHED
     region = np.memmap(path, np.uint8, "r")[:REGION] if large else np.ones(CACHED, np.uint8)
-    n_bytes = len(region) // PIECE * PIECE
-    pieces = [region[at : at + PIECE].view(np.int32) for at in range(0, n_bytes, PIECE)]
-    seconds = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            began = time.perf_counter()
-            # Of NumPy's reductions the maximum of int32 is the fastest: 1.25 times the sum with one thread.
-            list(pool.map(np.max, pieces))
-            seconds.append(time.perf_counter() - began)
-    return n_bytes / min(seconds), "file" if large else "buffer"
+    return rates.read_rate(region[: len(region) // 4 * 4].view(np.int32), threads), "file" if large else "buffer"

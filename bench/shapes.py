@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
-from convert.mix import MIXES, Mix, file_type
 from convert.writer import Entry, encode, header
 from rgpu.engine import builtin_model
+from rgpu.gguf.mix import MIXES, Mix, file_type
 from rgpu.gguf.reader import GGUFFile
 from rgpu.models import architectures
 from rgpu.models.base import T

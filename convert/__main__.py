@@ -24,7 +24,7 @@ floats and --type asks for blocks. With --stock, goes back: SRC is a file made h
 
 
 def parser() -> argparse.ArgumentParser:
-    from .mix import MIXES
+    from rgpu.gguf.mix import MIXES
 
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="python -m convert", description=DESCRIPTION, formatter_class=raw)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from rgpu.errors import ConvertError
+from rgpu.gguf.mix import Mix, file_type
 from rgpu.models import for_hub
 from rgpu.models.base import HParams, T
 
 from .checkpoint import Checkpoint
 from .general import QUANTIZATION_VERSION, general_pairs
-from .mix import Mix, file_type
 from .values import Values, entry, write_records
 from .vocab import metadata_from_hub
 from .writer import Pairs, Target, encode, size_text

@@ -27,8 +27,9 @@ def to_per_expert(file: GGUFFile, out: Path, *, force: bool = False) -> None:
 
 def quantise(file: GGUFFile, out: Path, mix: str, *, force: bool = False, threads: int = 1) -> None:
     """Writes the per-expert form of a stock GGUF of floats, quantised by the rules of `mix`; raises RgpuError."""
+    from rgpu.gguf.mix import Mix, file_type
+
     from . import values
-    from .mix import Mix, file_type
 
     names = [found.name for found in stock_entries(file)]
     found = {name: values.of_gguf(file, name) for name in names}

@@ -7,6 +7,7 @@ from . import __version__
 
 COMMANDS = {  # name -> (module with main(argv), what it does)
     "chat": ("rgpu.chat", "talk to a model in the terminal"),
+    "plan": ("rgpu.plan", "say what goes where on a machine, and how fast a model will be"),
     "convert": ("convert.__main__", "make a GGUF with separate experts from a model folder or a stock GGUF"),
     "show": ("rgpu.show", "list what is in a GGUF"),
 }

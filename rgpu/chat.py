@@ -57,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--kv", type=str.lower, metavar="TYPE", help="type of the KV cache: f16 (default), f32, q8_0")
     engine.add_argument("--device", metavar="NAME", help="auto (default), cpu, reference")
     engine.add_argument("--threads", type=int, metavar="N", help="(default: physical cores)")
+    engine.add_argument("--ram", metavar="SIZE", help="most memory to use, e.g. 6G, for a file that is larger (default: no cap)")
+    engine.add_argument("--policy", metavar="NAME", help="which experts stay in memory: rotary (default), lru, lfru, static")
+    engine.add_argument("--trace", metavar="FILE", help="save which experts were used (.npz)")
 
     sampling = p.add_argument_group("sampling (default: what the model's file recommends, else the number given here)")
     number = {"type": float, "metavar": "X"}

@@ -5,24 +5,36 @@ timeline is in session.py; what runs is in executor.py; nothing here computes.
 """
 
 import os
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from . import load
-from .errors import OutOfMemory, RgpuError, UnsupportedModel
+import numpy as np
+
+from . import load, machine, shapes, sizes
+from .errors import OutOfMemory, RgpuError, TokenizerError, UnsupportedModel
 from .executor import Executor
-from .gguf import names
+from .gguf.direct import DirectFiles
 from .gguf.reader import GGUFFile
 from .ops import BACKENDS, Ops
 from .quants import TYPES
-from .session import Session
+from .residency import budget, profile, report
+from .residency.cached import CachedExperts, Residency
+from .residency.memory import resident, trim
+from .residency.policy import POLICIES
+from .residency.routing import TracedExperts
+from .residency.trace import RoutingTrace
+from .session import MAX_SNAPSHOTS, Session
 from .state import State
 from .template import ChatTemplate
 from .tokenizer import Tokenizer
 
 KV_TYPES = ("f16", "f32", "q8_0")
+COMPILING = "compiling kernels for this machine (once)"
+LEARNED = 32  # decode steps after which it is worth remembering which experts were used
 N_CTX = 32768  # the default context, where the model was trained for as much; pages of it are taken only when used
 
 
@@ -36,6 +48,10 @@ class EngineConfig:
     n_ctx: int | None = None  # tokens a session can hold; None: 32,768 or the trained context if that is smaller
     threads: int | None = None  # None: physical cores
     n_batch: int = 512  # tokens of a prompt that are computed together
+    ram: str | int | None = None  # "6G": the most that the process may have in memory; None: the file is mapped
+    policy: str = next(iter(POLICIES))  # which experts stay in memory under `ram`: rotary, lru, lfru, static
+    trace: str | os.PathLike | None = None  # where `close` saves which experts were used, as .npz
+    replay_trace: str | os.PathLike | None = None  # a trace whose experts are used instead of the router's choice
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike):
@@ -45,6 +61,12 @@ class EngineConfig:
             raise RgpuError(f"device is '{self.device}', but there are: {', '.join(devices)}")
         if self.kv not in KV_TYPES:
             raise RgpuError(f"kv is '{self.kv}', but there are: {', '.join(KV_TYPES)}")
+        if self.policy not in POLICIES:
+            raise RgpuError(f"policy is '{self.policy}', but there are: {', '.join(POLICIES)}")
+        if self.ram is not None:
+            sizes.nbytes(self.ram, "ram")
+        if self.trace is not None and not Path(self.trace).parent.is_dir():
+            raise RgpuError(f"the trace is to be {self.trace}, but there is no folder {Path(self.trace).parent}")
         for name, value in (("n_ctx", self.n_ctx), ("threads", self.threads), ("n_batch", self.n_batch)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise RgpuError(f"{name} is {value!r}, but must be a whole number of at least 1")
@@ -59,21 +81,27 @@ class Engine:
     """A model that is open: `session()` starts a conversation, `tokenizer` and `template` turn text into tokens."""
 
     def __init__(self, config: EngineConfig, progress: Callable[[int, int, str], None] | None = None):
-        """Map the file, bind and check it, compile what it needs. `progress(done, total, name)` while kernels compile."""
+        """Map the file, bind and check it, compile what it needs. `progress(done, total, what)` during what takes long."""
         self.config = config
+        self.executor: Executor | None = None
+        self.cached: CachedExperts | None = None
+        self.direct: DirectFiles | None = None
+        self.caps: dict[str, int] = {}  # bytes: `ram` of the process, `experts` of their slots
         self.file = GGUFFile(config.path)
         try:
             self._open(config, progress)
         except UnsupportedModel as error:
-            self.file.close()
+            self._close_files()
             raise UnsupportedModel(f"{config.path}: {error}") from error
         except BaseException:
-            self.file.close()
+            self._close_files()
             raise
 
     def _open(self, config: EngineConfig, progress) -> None:
         ops = _backend(config)
-        bound = load.bind(self.file, ops, config.n_batch)
+        forced = RoutingTrace.load(Path(config.replay_trace)) if config.replay_trace else None
+        self.direct = DirectFiles(self.file.paths) if config.ram else None
+        bound = load.bind(self.file, ops, self.direct)
         hp = self.hparams = bound.model.hp
         self.n_ctx = config.n_ctx or min(N_CTX, hp.n_ctx_train)
         if self.n_ctx > hp.n_ctx_train:
@@ -83,9 +111,36 @@ class Engine:
             if width % self.kv.block:
                 raise UnsupportedModel(f"heads of {width} values don't divide into blocks of {self.kv.block}: use --kv f16")
         n_batch = min(config.n_batch, self.n_ctx)
-        ops.prepare(load.needs(bound, n_batch, config.kv.upper()), progress)
+        compiling = progress and (lambda done, total, name: progress(done, total, f"{COMPILING}: {name}"))
+        ops.prepare(load.needs(bound, n_batch, config.kv.upper()), compiling)
         self.types = bound.types
-        self.executor = Executor(bound.model, ops, bound.experts, n_batch)
+        self.executor = Executor(bound.model, ops, None, n_batch)
+        self.cached = self._cached(bound, n_batch, progress) if self.direct else None
+        experts = self.cached or load.mapped(self.file, ops, bound, n_batch)
+        if config.trace or forced:
+            experts = TracedExperts(ops, experts, (hp.n_layer, hp.n_expert, hp.n_expert_used), n_batch, forced)
+        self.executor.experts = experts
+
+    def _cached(self, bound: load.Bound, n_batch: int, progress) -> CachedExperts:
+        """The experts under the cap `ram`: in what is left of it beside all that is there, and all that is still to come."""
+        with suppress(TokenizerError):  # a model without one can be run, too
+            _ = self.tokenizer
+        trim()
+        cap = sizes.nbytes(self.config.ram, "ram")
+        kv, recurrent = State.nbytes(bound.model, self.kv, self.n_ctx)
+        to_come = self.executor.workspace.nbytes + kv + (1 + MAX_SNAPSHOTS) * recurrent + budget.RAM_RESERVE
+        self.caps = {"ram": cap, "experts": cap - resident() - to_come}
+        experts = load.cached(self.executor.ops, bound, n_batch, self.direct, self.config.policy, self.caps["experts"], cap)
+        self.digest = profile.digest(self.file)
+        learned, notice = profile.load(self.digest, machine.name(), experts.arena.table.size)
+        if notice:
+            warnings.warn(notice, stacklevel=2)
+        hottest = []
+        if learned:
+            experts.policy.restore(learned.scores)
+            hottest = np.argsort(-learned.scores, kind="stable")[: np.count_nonzero(learned.scores)].tolist()
+        experts.start(hottest, progress)
+        return experts
 
     @classmethod
     def open(
@@ -107,9 +162,24 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; sessions of this engine can't be used any more."""
-        self.executor = None
+        """Let go of the file; sessions of this engine can't be used any more. Saves the trace, if one was asked for."""
+        executor, cached = self.executor, self.cached
+        self.executor = self.cached = None
+        try:
+            if executor:
+                executor.experts.close()
+                if self.config.trace and executor.experts.tokens:
+                    executor.experts.recorded().save(Path(self.config.trace))
+            if cached and cached.step >= LEARNED and not self.config.replay_trace:
+                with suppress(OSError):  # where nothing can be kept, the next start learns again
+                    profile.save(profile.Profile(self.digest, machine.name(), cached.policy.state()))
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
         self.file.close()
+        if self.direct:
+            self.direct.close()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -145,26 +215,25 @@ class Engine:
         return self._opened().ops.name
 
     @property
+    def residency(self) -> Residency | None:
+        """What decode steps have asked of the slots of experts so far; None where the file is mapped."""
+        return self.cached and self.cached.residency
+
+    @property
     def plan(self) -> list[str]:
-        """What was decided, line by line: model, where each class of bytes lives, context."""
+        """What was decided and what it will give, line by line; the machine is measured the first time, which takes a second."""
         hp, ops, model = self.hparams, self._opened().ops, self._opened().model
-        sizes = {"experts": 0, "dense": 0}
-        for tensor, info in self.file.tensors.items():
-            block = names.parse_block(tensor)
-            if block is None or block[0] < hp.n_layer:  # the block of multi-token prediction is not read
-                sizes["experts" if names.is_expert(tensor) else "dense"] += info.nbytes
+        here = machine.this_machine(ops.threads, self.file.path) if ops.name == "cpu" else machine.PROFILES["cpu"]
+        wishes = budget.Wishes(self.n_ctx, self.config.kv, self._opened().workspace.n_tokens, **self.caps)
         attention = sum(layer.kind == "attention" for layer in model.layers)
-        row = hp.n_embd_head_k // self.kv.block * self.kv.nbytes + hp.n_embd_head_v // self.kv.block * self.kv.nbytes
         types = ", ".join(sorted(self.types["experts"] | self.types["matrices"]))
-        threads = f", {ops.threads} threads" if hasattr(ops, "threads") else ""
+        how = f"kept in slots within {sizes.text(self.caps['ram'])}" if self.caps else "read in place from the mapped file"
         return [
             f"model    {self.name}: {hp.arch}, {hp.n_layer} layers ({attention} with attention), {types}",
-            f"device   {ops.name}{threads}",
-            f"experts  {_size(sizes['experts'])} read in place from the mapped file: {hp.n_layer} layers x {hp.n_expert}, "
-            f"{hp.n_expert_used} used per token",
-            f"dense    {_size(sizes['dense'])} read in place from the mapped file",
-            f"context  {self.n_ctx} tokens of {hp.n_ctx_train}; KV cache {self.config.kv}, "
-            f"{_size(attention * self.n_ctx * hp.n_head_kv * row)} when full",
+            f"device   {ops.name}: {here.name}, reads {here.cpu_gb_s:.3g} GB/s, disk {here.disk_gb_s:.2g} GB/s",
+            f"experts  {hp.n_layer} layers x {hp.n_expert}, {hp.n_expert_used} used per token, {how}",
+            f"context  {self.n_ctx} tokens of {hp.n_ctx_train}, KV cache {self.config.kv}",
+            *report.lines(budget.plan(shapes.from_gguf(self.file), here, wishes)),
         ]
 
 
@@ -177,9 +246,3 @@ def _backend(config: EngineConfig) -> Ops:
 
     return CpuOps(config.threads)
 
-
-def _size(nbytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.3g} {unit}"
-    return f"{nbytes / 1e3:.3g} kB"

@@ -31,6 +31,7 @@ class Workspace:
         self.pos = ops.empty((1,), np.int32)
         self.logits = ops.empty((LOGIT_ROWS, hp.n_vocab), np.float32)
         self.views: dict[int, SimpleNamespace] = {}
+        self.nbytes = sum(x.nbytes for x in (*self.floats.values(), self.ids, self.weights, self.logits))
 
     def view(self, n: int) -> SimpleNamespace:
         if n not in self.views:

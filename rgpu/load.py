@@ -7,27 +7,33 @@ import numpy as np
 
 from .errors import UnsupportedModel
 from .gguf import names
+from .gguf.direct import DirectFiles
 from .gguf.layout import ExpertTensors, find_experts
 from .gguf.reader import GGUFFile
 from .models import for_gguf
 from .models.base import HParams, Layer, Model, T, misfits
 from .ops import Array, Bank, Needs, Ops, Slots, Weight
 from .quants import TYPES
+from .residency.arena import SlotArena
+from .residency.budget import slots_within
+from .residency.cached import CachedExperts
 from .residency.experts import MappedExperts
+from .residency.policy import POLICIES
 from .residency.readahead import PageCache, ReadAhead, supported
+from .residency.store import Store, size_classes
 
 
 @dataclass
 class Bound:
-    """A model ready to run, and what a backend must be prepared for."""
+    """A model but for its experts' arrangement; where these lie in the file; and what a backend must be prepared for."""
 
     model: Model
-    experts: MappedExperts
+    banks: list[Bank]  # of each layer, in the mapped file
     types: dict[str, frozenset]  # names of the types in use, by the fields of Needs
 
 
-def bind(file: GGUFFile, ops: Ops, n_batch: int) -> Bound:
-    """Bind a GGUF to its architecture, for chunks of up to `n_batch` tokens.
+def bind(file: GGUFFile, ops: Ops, direct: DirectFiles | None = None) -> Bound:
+    """Bind a GGUF to its architecture. Dense weights stay in the mapped file, or are read through `direct` into memory.
 
     UnsupportedModel names all that is missing, misshapen, unknown or of an unknown type.
     """
@@ -55,7 +61,7 @@ def bind(file: GGUFFile, ops: Ops, n_batch: int) -> Bound:
         plural = "problem" if len(problems) == 1 else "problems"
         raise UnsupportedModel(f"does not fit {arch}, {len(problems)} {plural}: " + "; ".join(problems[:8]) + more)
 
-    bound = {t.name: _tensor(file, stored[t.name], ops, t) for t in dense}
+    bound = {t.name: _tensor(file, stored[t.name], ops, t, direct) for t in dense}
     layers = [Layer(i, cls.layer_kind(hp, i), _own(bound, i)) for i in range(hp.n_layer)]
     model = cls(hp, bound, layers)
     banks = [_bank(file, ops, layer) for layer in experts]
@@ -67,9 +73,27 @@ def bind(file: GGUFFile, ops: Ops, n_batch: int) -> Bound:
         "gate_up": frozenset((type(bank.gate.quant).__name__, type(bank.up.quant).__name__) for bank in banks),
         "down": _types([bank.down for bank in banks]),
     }
+    return Bound(model, banks, used)
+
+
+def mapped(file: GGUFFile, ops: Ops, bound: Bound, n_batch: int) -> MappedExperts:
+    """The experts where the file has them, for chunks of up to `n_batch` tokens."""
+    hp = bound.model.hp
     boxes = ops.empty((hp.n_layer, 2 + n_batch * hp.n_expert_used), np.int32)
-    readahead = _readahead(file, boxes, banks, model)
-    return Bound(model, MappedExperts(ops, banks, hp.n_expert, boxes, readahead), used)
+    return MappedExperts(ops, file, bound.banks, hp.n_expert, boxes, _readahead(file, boxes, bound.banks, bound.model))
+
+
+def cached(ops: Ops, bound: Bound, n_batch: int, direct: DirectFiles, policy: str, available: int, cap: int) -> CachedExperts:
+    """Some experts in `available` bytes of slots, for chunks of up to `n_batch` tokens, with the whole process below `cap`.
+
+    OutOfMemory if these are too few.
+    """
+    hp = bound.model.hp
+    class_of, nbytes = size_classes(bound.banks)
+    counts, spare = slots_within(available, class_of, nbytes, hp.n_expert, hp.n_expert_used)
+    arena = SlotArena(hp.n_layer, hp.n_expert, class_of, counts, hp.n_expert_used + 2, spare)
+    store = Store(direct, bound.banks, class_of, nbytes, counts)
+    return CachedExperts(ops, store, arena, POLICIES[policy](hp.n_layer, hp.n_expert), n_batch, hp.n_expert_used, cap)
 
 
 def needs(bound: Bound, n_tokens: int, kv: str) -> Needs:
@@ -91,10 +115,11 @@ def _own(bound: dict, index: int) -> dict:
     return {name.removesuffix(".weight").replace(".", "_"): value for name, value in mine.items()}
 
 
-def _tensor(file: GGUFFile, name: str, ops: Ops, t: T):
+def _tensor(file: GGUFFile, name: str, ops: Ops, t: T, direct: DirectFiles | None):
     """A matrix stays in its stored type; everything else becomes float32 values of the table's shape."""
-    quant = TYPES[file.tensors[name].quant]
-    stored = file.bytes(name)
+    info = file.tensors[name]
+    quant = TYPES[info.quant]
+    stored = direct.bytes(info) if direct else file.bytes(name)
     if t.is_matrix:
         return Weight(quant, t.shape, ops.upload(stored))
     return ops.upload(quant.dequantize(stored.reshape(-1, quant.nbytes)).reshape(t.shape).astype(np.float32))

@@ -3,6 +3,7 @@
 A KV cache can be cut at any position. A recurrent layer cannot go back: `rewind` says so, and a snapshot is restored.
 """
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -39,6 +40,15 @@ class State:
             arrays = {name: ops.empty(shape, np.float32) for name, shape in model.recurrent_shapes(hp).items()}
             self.layers.append(SimpleNamespace(**arrays))
             self.recurrent += arrays.values()
+
+    @staticmethod
+    def nbytes(model, kv: tuple, n_ctx: int) -> tuple[int, int]:
+        """Bytes of a session's KV caches when they are full, and of its recurrent layers' memory."""
+        hp = model.hp
+        attention = sum(layer.kind == "attention" for layer in model.layers)
+        row = sum(d // kv.block * kv.nbytes for d in (hp.n_embd_head_k, hp.n_embd_head_v))
+        floats = sum(math.prod(shape) for shape in model.recurrent_shapes(hp).values())
+        return attention * n_ctx * hp.n_head_kv * row, 4 * floats * (len(model.layers) - attention)
 
     def advance(self, n: int) -> None:
         self.n_past += n

@@ -14,7 +14,6 @@ from .errors import line
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 HISTORY_LINES = 1000
-COMPILING = "compiling kernels for this machine (once)"
 # A model or a file must not drive the terminal: no control character but tab and newline reaches it.
 CONTROLS = {code: "\ufffd" for code in (*range(32), *range(0x7F, 0xA0))} | {0x09: "\t", 0x0A: "\n", 0x0D: ""}
 
@@ -53,8 +52,8 @@ class Terminal:
         """One line, after the traceback if RGPU_DEBUG=1."""
         self.note(line(error))
 
-    def progress(self, done: int, total: int, name: str) -> None:
-        """Kernels are being compiled: the engine calls this before each, and with done = total at the end in any case."""
+    def progress(self, done: int, total: int, what: str) -> None:
+        """What opening a model takes time for, "kind" or "kind: this one"; done = total ends it, however often that is said."""
         if done == total:
             if self._bar is not None:
                 self._bar.close()
@@ -64,9 +63,9 @@ class Terminal:
             from tqdm import tqdm
 
             if not self.stderr_tty:
-                self.note(COMPILING)  # one line in a log, no bar
+                self.note(what.split(": ")[0])  # one line in a log, no bar
             self._bar = tqdm(total=total, bar_format="{desc} [{elapsed}]", leave=False, disable=not self.stderr_tty)
-        self._bar.set_description_str(f"{COMPILING}: {done}/{total} {name}")
+        self._bar.set_description_str(f"{what} {done}/{total}")
 
     # ---- in ----
 

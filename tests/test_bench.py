@@ -137,7 +137,7 @@ def test_waiting_for_an_idle_machine(monkeypatch, capsys):
 def test_memory_is_read_from_the_file_if_no_cache_holds_it(monkeypatch, tmp_path):
     path = tmp_path / "x"
     path.write_bytes(bytes(1 << 16))
-    monkeypatch.setattr(machine, "PIECE", 1 << 12)
+    monkeypatch.setattr(machine.rates, "PIECE", 1 << 12)
     monkeypatch.setattr(machine, "CACHED", 1 << 14)
     rate, source = machine.read(path, 2)
     assert rate > 0 and source == "file"

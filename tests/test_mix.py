@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.mix import FILE_TYPES, MIXES, Mix, file_type, more_bits
 from convert.quantize import ENCODERS
 from rgpu.gguf import GGUFFile
+from rgpu.gguf.mix import FILE_TYPES, MIXES, Mix, file_type, more_bits
 from tests.vectors.cases import CASES, LETTERS
 from tests.vectors.cases import tensors as case_tensors
 

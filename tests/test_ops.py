@@ -4,6 +4,8 @@ Tolerance: a sum of n float32 products in another order differs by about sqrt(n)
 below takes 8 of those and holds for n <= 4096. Exponentials add 2 ulp.
 """
 
+import threading
+
 import gguf
 import numpy as np
 import pytest
@@ -198,6 +200,46 @@ def test_route(cpu, n):
     assert list(results[0][0][0, :2]) == [7, 9]
     close(results[0][1], results[1][1])
     np.testing.assert_allclose(results[0][1].sum(axis=1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", TOKENS)
+def test_post(cpu, n):
+    """Of six experts all, none, or some have a slot; the box holds an older question."""
+    ids = np.stack([np.random.default_rng(i).permutation(6)[:2] for i in range(n)]).astype(np.int32)
+    for absent in ([], [0, 1, 2, 3, 4, 5], [4], None):
+        table = None if absent is None else np.where(np.isin(np.arange(6), absent), -1, 7).astype(np.int32)
+        expected = [e for e in ids.reshape(-1) if absent is None or e in absent]
+        for after in (None, poisoned(3)):
+            box = np.full(2 + 2 * n, 99, np.int32)
+            for got, wanted in both(cpu, lambda ops, box, t=table, a=after: ops.post(box, ids, table=t, after=a), box):
+                np.testing.assert_array_equal(got, wanted)
+                if expected:
+                    assert got[: 2 + len(expected)].tolist() == [100, len(expected), *expected]
+                else:
+                    assert (got == 99).all(), "who needs nothing asks for nothing"
+
+
+def test_wait_and_publish(cpu):
+    """It goes on at once when nothing is asked for; else when it is answered, late and from another thread."""
+    table = np.full(6, -1, np.int32)
+    for ops in (cpu, REFERENCE):
+        box, answer = np.array([5, 0], np.int32), np.array([4], np.int32)
+        ops.publish(answer, 5)
+        ops.wait(box, answer, table)
+        box[0] = 7
+        for count in (6, 7):
+            threading.Timer(0.05 * (count - 5), ops.publish, (answer, count)).start()
+        ops.wait(box, answer, table)
+        assert answer.tolist() == [7]
+        answer[0] = 2**31 - 1  # who has gone lets everyone pass
+        ops.wait(box, answer, table)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_copy(cpu, dtype):
+    x = np.random.default_rng(0).integers(-(2**30), 2**30, (5, 70)).astype(dtype)
+    for got, _ in both(cpu, lambda ops, out: ops.copy(out, x), np.full_like(x, 7)):
+        np.testing.assert_array_equal(got, x)
 
 
 def test_threads_do_not_change_a_bit():

@@ -127,7 +127,7 @@ def test_the_kernel_posts_what_the_reference_does():
     boxes = [np.full((2, 2 + 12), -1, np.int32) for _ in range(2)]
     for n in (4, 1, 3):
         ids = rng.integers(0, 1 << 20, (n, 3), np.int32)
-        post(boxes[0].ctypes.data, ids.ctypes.data, ids.size)
+        post(boxes[0].ctypes.data, ids.ctypes.data, ids.size, 0)
         ReferenceOps().post(boxes[1][0], ids)
         assert (boxes[0] == boxes[1]).all() and (boxes[0][1] == -1).all()
         assert boxes[0][0, 1 : 2 + 3 * n].tolist() == [3 * n, *ids.reshape(-1)]

@@ -1,11 +1,15 @@
 """A recorded step against the same verbs one by one: any number of threads, sessions that alternate, interrupts between rows."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
 from rgpu import Engine, EngineConfig
 from rgpu.models import architectures
-from rgpu.ops import cpu
+from rgpu.ops import Needs, cpu
+from rgpu.ops.reference import ReferenceOps
 from tests.tiny import stock_gguf
 
 ARCHS = sorted(architectures())
@@ -95,3 +99,52 @@ def test_an_interrupt_between_rows_leaves_a_whole_session(paths, arch, monkeypat
             assert len(slices) >= at and len(session.tokens) == session.state.n_past in (0, 10)
             session.forward(session.sync(tokens(40)[:10]))
             np.testing.assert_array_equal(session.forward(tokens(40)[10:]).argmax(), wanted.argmax())
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 3])  # 0: the reference
+def test_a_question_is_answered_by_another_thread(monkeypatch, threads):
+    """A recorded step asks for what its table lacks, waits, and goes on with what the answer has brought, however late."""
+    monkeypatch.setattr(cpu.kernels, "most_threads", lambda: 4)
+    ops = cpu.CpuOps(threads) if threads else ReferenceOps()
+    none = frozenset()
+    ops.prepare(Needs(8, 32, 4, 64, 64, matrices=none, embeddings=none, experts=none, kv="F16", recurrent=False), None)
+    rng, n_expert = np.random.default_rng(0), 32
+    routed, ids = ops.empty((2, 4), np.int32), ops.empty((2, 4), np.int32)
+    table, seen = ops.empty((n_expert,), np.int32), ops.empty((n_expert,), np.int32)
+    large, copied = ops.empty((1 << 21,), np.float32), ops.empty((1 << 21,), np.float32)
+    box, last = ops.empty((10,), np.int32), ops.empty((10,), np.int32)
+    answer = ops.empty((1,), np.int32)
+
+    def step():
+        ops.copy(ids, routed)
+        ops.post(box, ids, table=table)
+        ops.wait(box, answer, table)
+        ops.copy(seen, table)
+        ops.copy(copied, large)
+        ops.post(last, ids, after=copied)
+
+    def serve(wanted, ends):
+        if wanted:
+            while box[0] == answer[0]:
+                time.sleep(1e-4)
+            assert sorted(box[2 : 2 + box[1]]) == sorted(wanted)
+            time.sleep(0.01)
+            table[wanted] = 5
+            ops.publish(answer, int(box[0]))
+        while last[0] == count:
+            pass
+        ends.append(float(copied[-1]))  # at once, while a copy that was not waited for would still go on
+
+    for turn in range(8):
+        routed[:] = [rng.permutation(n_expert)[:4] for _ in range(2)]
+        table[:] = rng.choice([-1, 3], n_expert) if turn != 3 else 3
+        large[-1], count, ends = turn + 1, int(last[0]), []
+        wanted = [int(e) for e in routed.reshape(-1) if table[e] < 0]
+        expected = table.copy()
+        expected[wanted] = 5
+        thread = threading.Thread(target=serve, args=(wanted, ends))
+        thread.start()
+        ops.replay("key", step)
+        thread.join(60)
+        np.testing.assert_array_equal(seen, expected)
+        assert ends == [turn + 1] and last.tolist() == [turn + 1, 8, *routed.reshape(-1)]

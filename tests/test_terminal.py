@@ -74,10 +74,10 @@ def test_the_first_ctrl_c_asks_and_the_second_breaks_off():
 def test_progress_in_a_log_is_one_line(capsys):
     terminal = Terminal()
     for done in range(3):
-        terminal.progress(done, 3, "matmul Q4_K")
+        terminal.progress(done, 3, "compiling kernels: matmul Q4_K")
     terminal.progress(3, 3, "")
     terminal.progress(3, 3, "")  # from the cache, it is all that the engine reports
-    assert capsys.readouterr() == ("", "compiling kernels for this machine (once)\n")
+    assert capsys.readouterr() == ("", "compiling kernels\n")
 
 
 def test_a_model_cannot_drive_the_terminal(capsys):

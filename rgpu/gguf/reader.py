@@ -26,7 +26,7 @@ class GGUFFile:
     `path` may name any shard. `tensors` maps names to TensorInfo in file order, shard after shard; `metadata`, `version`
     and `alignment` are those of the first shard. Opening reads headers only and touches no tensor page. Whatever is
     wrong with the files raises GGUFError. A file that another program shortens while it is mapped kills the process at
-    the next access (SIGBUS): Python can't catch that.
+    the next access (SIGBUS), which Python can't catch: whoever reads for long calls `check` now and then.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -50,6 +50,11 @@ class GGUFFile:
         for shard in self._shards:
             shard.close()
         self._shards = []
+
+    def check(self) -> None:
+        """GGUFError if a file has become shorter than it was: a microsecond for each."""
+        for shard in self._shards:
+            shard.check()
 
     def mapping(self, shard: int = 0) -> np.ndarray:
         """Read-only uint8 view of one whole shard file."""

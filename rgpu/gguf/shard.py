@@ -43,6 +43,12 @@ class Shard(NamedTuple):
     metadata: Metadata
     tensors: dict[str, TensorInfo]
 
+    def check(self) -> None:
+        """GGUFError if the file was shortened after it was mapped: to touch what it has lost would kill the process."""
+        size = self.buffer.size()
+        if size < len(self.buffer):
+            raise GGUFError(f"{self.path}: has been shortened to {size} bytes, of {len(self.buffer)}, while it is in use")
+
     def close(self) -> None:
         self.metadata.close()
         # Views that are still in use keep the mapping: it goes with the last of them.

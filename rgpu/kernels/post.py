@@ -1,4 +1,4 @@
-"""How a running table and a thread outside of the pool tell each other things: numbers in a box, and a count that says they are new."""
+"""How a running table and a thread outside of the pool tell each other things: numbers in a box, a count says they are new."""
 
 import numba
 from llvmlite import ir

@@ -61,8 +61,8 @@ class Slots:
 
     def place(self, slot: int, offset: int) -> None:
         """The slot's matrix begins at byte `offset` of its data from now on."""
-        self.addresses[slot] += offset - self.offset[slot]
         self.offset[slot] = offset
+        self.addresses[slot] = self.data[self.source[slot]].__array_interface__["data"][0] + offset
 
     def weight(self, slot: int) -> Weight:
         start = int(self.offset[slot])

@@ -4,7 +4,6 @@ Weights are read in place from the mapped file. What a product needs of its inpu
 kept while the input stays as it is; kernels that produce such an input write the blocks with it.
 """
 
-import os
 import time
 from collections import OrderedDict
 
@@ -14,6 +13,7 @@ from .. import kernels
 from ..errors import OutOfMemory, RgpuError
 from ..kernels import attention, elementwise, experts, matmul, post, recurrent, tile
 from ..kernels.table import Table, overlap, span
+from ..machine import physical_cores
 from ..quants import TYPES
 from ..quants.activations import row_bytes
 from ..quants.isa import best
@@ -26,19 +26,6 @@ OVERSUBSCRIBED = 4  # threads per processor at most
 KEPT_TABLES = 16
 UNHEARD = 0.1  # seconds in compiled code after which Python gets a turn, to notice Ctrl-C
 FIRST_SLICE = 64  # rows, when it is not known how long they take
-
-
-def physical_cores() -> int:
-    """Cores this process may use, counting two hardware threads of one core once."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in usable:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as f:
-                cores.add(f.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
 
 
 def at(x) -> int:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..gguf import GGUFFile
 from ..ops import Array, Bank, Ops
 
 
@@ -26,13 +27,16 @@ class MappedExperts:
     The read-ahead learns from `boxes` (int32 [n_layer, 2 + ids]) what has been routed.
     """
 
-    def __init__(self, ops: Ops, banks: list[Bank], n_expert: int, boxes: Array, readahead: AbstractContextManager):
+    def __init__(
+        self, ops: Ops, file: GGUFFile, banks: list[Bank], n_expert: int, boxes: Array, readahead: AbstractContextManager
+    ):
         identity = ops.upload(np.arange(n_expert, dtype=np.int32))
         self.lanes = [Lane(ops, bank, identity) for bank in banks]
-        self.boxes, self.readahead = boxes, readahead
+        self.file, self.boxes, self.readahead = file, boxes, readahead
 
     def forward(self, n_tokens: int) -> AbstractContextManager:
-        """What a forward of `n_tokens` runs within."""
+        """What a forward of `n_tokens` runs within. GGUFError if the file has been shortened."""
+        self.file.check()
         return self.readahead
 
     def close(self) -> None:

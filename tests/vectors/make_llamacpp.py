@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 
 from bench.quantize import QUANTS, error, llama_encoder, samples
-from convert.mix import FILE_TYPES
+from rgpu.gguf.mix import FILE_TYPES
 from tests.tiny import add
 from tests.vectors.cases import CASES, LETTERS, tensors
 

@@ -1,6 +1,6 @@
 """Which tensor gets which type: the rules by which llama.cpp mixes types within one quantised file.
 
-Owns names and rules only; the encoders are in `quantize`. The rules are those of llama-quant.cpp without an importance
+Owns names and rules only; the encoders are in convert/quantize. The rules are those of llama-quant.cpp without an importance
 matrix, and for F16, BF16 and F32 those of the converter; tests hold them against llama.cpp's own choices.
 """
 
