@@ -81,7 +81,7 @@ def main(argv=None) -> int:
     held = row["peak_gb"] <= row["ram_gb"]
     plan_says = f"the plan says {row['plan_tok_s']} at {row['plan_hit_rate']:.1%}: {row['of_plan']:.0%} of it"
     lines = [
-        f"{row['slots_per_layer']:.0f} slots per layer, hit rate {row['hit_rate']:.1%}, {row['read_mb_per_token']} MB read a token",
+        f"{row['slots_per_layer']:.0f} slots per layer, hits {row['hit_rate']:.1%}, {row['read_mb_per_token']} MB read per token",
         f"{row['tok_s']} tok/s (mapped {row['mapped_tok_s']}; {plan_says})",
         f"resident at most {row['peak_gb']} GB of {row['ram_gb']}: {'held' if held else 'EXCEEDED'}",
         f"tokens {'identical' if row['identical'] else 'DIFFERENT'}",

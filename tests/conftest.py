@@ -23,6 +23,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def fresh_cache(tmp_path_factory, monkeypatch):
+    """Nothing was learned of any model before. (Compiled kernels are found all the same: their folder was chosen at import.)"""
+    monkeypatch.setenv("RGPU_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """A tiny random model that answers until it is stopped; test files with models of their own override these three."""
