@@ -51,7 +51,7 @@ class Result:
 
     def row(self) -> dict:
         """What is kept of it."""
-        return {key: "" if value is None else value for key, value in vars(self).items() if key != "replay"}
+        return {key: value for key, value in vars(self).items() if key != "replay"}
 
     def __str__(self) -> str:
         rates = "".join("      -" if rate is None else f"{rate:7.1f}" for rate in (self.cold, self.warm, self.changed))

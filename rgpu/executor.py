@@ -26,6 +26,7 @@ class Workspace:
         self.n_tokens = n_tokens
         self.floats = {name: ops.empty((n_tokens, width), np.float32) for name, width in model.workspace(hp).items()}
         self.ids = ops.empty((n_tokens, hp.n_expert_used), np.int32)
+        self.near = ops.empty((n_tokens, min(hp.n_expert_used, hp.n_expert - hp.n_expert_used)), np.int32)
         self.weights = ops.empty((n_tokens, hp.n_expert_used), np.float32)
         self.tokens = ops.empty((n_tokens,), np.int32)
         self.pos = ops.empty((1,), np.int32)
@@ -47,6 +48,7 @@ class Run:
         self.ws = workspace.view(n)
         self.tokens, self.pos = workspace.tokens[:n], workspace.pos
         self.ids, self.weights = workspace.ids[:n], workspace.weights[:n]
+        self.near = workspace.near[:n] if experts.learns else None  # experts that came close to being used
 
 
 class Executor:

@@ -15,17 +15,16 @@ from tests.tiny import stock_gguf
 FORMS = ("stacked", "fused", "split", "per_expert")
 N_EXPERT, K = 24, 3
 FLOOR, SPARE = K + 2, 2 * K  # slots of a layer, and spare ones of a class: the least that is ever run with
-# One layer's down matrices are of another type: two size classes.
-QUANTS = {"blk.1.ffn_down_exps.weight": "Q5_0", "blk.1.ffn_down.weight": "Q5_0"}
 
 
 def quant(name: str) -> str:
-    return QUANTS.get(name) or ("Q4_0" if "_exps" in name else "Q8_0")
+    """Layer 1's down matrices are of another type: two size classes."""
+    return "Q5_0" if name == "blk.1.ffn_down_exps.weight" else "Q4_0" if "_exps" in name else "Q8_0"
 
 
-def written(folder: Path, arch: str, form: str = "stacked", **keys) -> Path:
-    """A model of 24 experts, 3 of them used, in one of FORMS; `keys` are more of its metadata."""
-    keys = {f"{arch}.{key}": value for key, value in (dict(expert_count=N_EXPERT, expert_used_count=K) | keys).items()}
+def written(folder: Path, arch: str, form: str = "stacked") -> Path:
+    """A model of 24 experts, 3 of them used, in one of FORMS."""
+    keys = {f"{arch}.expert_count": N_EXPERT, f"{arch}.expert_used_count": K}
     source, out = stock_gguf(folder / f"{arch}.gguf", arch, quant, k=False, metadata=keys), folder / f"{arch}-{form}.gguf"
     if form == "per_expert":
         with GGUFFile(source) as file:

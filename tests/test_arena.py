@@ -218,6 +218,10 @@ def test_what_was_used_stays_whatever_it_is_worth():
     assert arena.turn(np.array([1, 7]), scores([0, 0, 0, 0, 0, 0, 0, 9]), np.array([7])) == [Swap(7, 0, 0)]
 
 
+def test_an_equal_does_not_replace_an_equal():
+    assert arena_with(0, slots=1).turn(np.array([4]), scores([3, 0, 0, 0, 3, 0, 0, 0]), np.array([4])) == []
+
+
 def test_the_limit_and_the_share_of_the_policy():
     values = [0, 0, 0, 0, 4, 5, 6, 7]
     newcomers = np.array([4, 5, 6, 7])

@@ -248,7 +248,7 @@ def test_slots_within(records, available, n_expert, k):
     except OutOfMemory as error:
         assert "are needed" in str(error)
         smallest = (k + 2) * sum(records)
-        assert available < smallest + budget.STEP * k * sum(nbytes)
+        assert available < smallest + max(2 * k, budget.SPARE) * sum(nbytes)
         return
     assert sum(n * size for n, size in zip(slots, nbytes, strict=True)) <= available
     share = {(n - spare) / class_of.count(cls) for cls, n in enumerate(slots)}

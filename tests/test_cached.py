@@ -280,13 +280,15 @@ def test_an_interrupt_leaves_a_whole_engine(paths, mapped, monkeypatch, device, 
 
 def test_a_second_interrupt_while_reads_are_under_way(paths, mapped, monkeypatch):
     """Impatience: the forward is given up while the thread still reads, and would enter what comes where the next one looks."""
-    preadv, go_on, following = os.preadv, threading.Event(), []
+    preadv, reading, go_on, following = os.preadv, threading.Event(), threading.Event(), []
 
     def slow(*arguments):
+        reading.set()
         assert go_on.wait(60)
         return preadv(*arguments)
 
-    def impatient(futures):
+    def interrupted(*arguments):
+        assert reading.wait(60)
         raise KeyboardInterrupt
 
     with capped(paths["stacked"], FLOOR, device="reference") as engine:
@@ -305,8 +307,8 @@ def test_a_second_interrupt_while_reads_are_under_way(paths, mapped, monkeypatch
         monkeypatch.setattr(engine.cached.streamer, "_follow", watched)
         with monkeypatch.context() as patched:
             patched.setattr(os, "preadv", slow)
-            patched.setattr(streamer, "wait", impatient)
-            interrupted_verb("wait")(patched, engine, 1)
+            patched.setattr(engine.executor.ops, "wait", interrupted)
+            patched.setattr(streamer, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 session.forward([3])
         assert engine.cached.streamer.running is not None
@@ -338,20 +340,21 @@ THREE = ([0, 1, 0], [2 * MB, 5 * MB], 8, 2)
 @pytest.mark.parametrize(
     ("available", "model", "slots", "spare"),
     [
-        (1000, FORTY, [23 * 40 + 46], 46),  # 24 for a layer would be 960 slots and 48 spare ones, a twentieth
-        (420, FORTY, [10 * 40 + 20], 20),  # the least
-        (10**6, FORTY, [256 * 40 + 64], 64),  # everything; spare are at most what eight tokens use
-        (100, THREE, [2 * 8 + 4, 8 + 4], 4),  # 8 · (2 · 2 + 5) + 4 · (2 + 5); spare are at least what two tokens use
-        (99, THREE, [2 * 7 + 4, 7 + 4], 4),
-        (10**6, THREE, [2 * 8 + 4, 8 + 4], 4),
-        (11, ([0], [MB], 4, 3), [4 + 6], 6),  # fewer experts than k + 2
+        (1000, FORTY, [24 * 40 + 16], 16),
+        (416, FORTY, [10 * 40 + 16], 16),  # the least
+        (10**6, FORTY, [256 * 40 + 16], 16),  # everything
+        (184, THREE, [2 * 8 + 16, 8 + 16], 16),  # 8 · (2 · 2 + 5) + 16 · (2 + 5)
+        (183, THREE, [2 * 7 + 16, 7 + 16], 16),
+        (10**6, THREE, [2 * 8 + 16, 8 + 16], 16),
+        (20, ([0], [MB], 4, 3), [4 + 16], 16),  # fewer experts than k + 2
+        (1000, ([0], [MB], 64, 10), [64 + 20], 20),  # spare are what two tokens use
     ],
 )
 def test_how_many_slots_fit(available, model, slots, spare):
     assert slots_within(available * MB, *model) == (slots, spare)
 
 
-@pytest.mark.parametrize(("model", "least"), [(FORTY, 420), (THREE, 64)])
+@pytest.mark.parametrize(("model", "least"), [(FORTY, 416), (THREE, 148)])
 def test_memory_that_is_too_small_says_how_much_is_enough(model, least):
     for available in (-500, 0, 1, least // 2, least - 1):
         with pytest.raises(OutOfMemory) as error:

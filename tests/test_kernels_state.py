@@ -138,18 +138,19 @@ def test_route(n, n_expert, k):
     logits = 3 * rng.standard_normal((n, n_expert)).astype(np.float32)
     logits[0, :4] = (0.0, 20, -0.0, 20)
     logits[-1] = rng.permutation(n_expert) // 4 - n_expert / 4  # ties everywhere, also of negative numbers
-    wanted = np.full((n, k), -7, np.int32), poisoned(n, k)
-    REFERENCE.route(*wanted, logits)
+    wanted = np.full((n, k), -7, np.int32), poisoned(n, k), np.full((n, k - 1), -7, np.int32)
+    REFERENCE.route(*wanted[:2], logits, wanted[2])
 
-    def arguments(ids, weights):
-        return at(ids), at(weights), at(logits), n, n_expert, k
+    def arguments(ids, weights, near):
+        return at(ids), at(weights), at(logits), at(near), n, n_expert, k, k - 1
 
-    got = runs(elementwise.route, (), arguments, np.full((n, k), -7, np.int32), poisoned(n, k))
+    got = runs(elementwise.route, (), arguments, np.full((n, k), -7, np.int32), poisoned(n, k), np.full((n, k - 1), -7, np.int32))
     np.testing.assert_array_equal(got[0], wanted[0])
     close(got[1], wanted[1])
+    np.testing.assert_array_equal(got[2], wanted[2])
     logits[0, 5] = np.nan  # a broken router is not hidden
     ids, weights = np.zeros(k, np.int32), np.zeros(k, np.float32)
-    elementwise.route(at(ids), at(weights), at(logits), 1, n_expert, k)
+    elementwise.route(at(ids), at(weights), at(logits), 0, 1, n_expert, k, 0)
     assert np.isnan(weights).all()
 
 

@@ -95,7 +95,7 @@ def test_a_cap_that_is_too_small_says_by_how_much(model, monkeypatch, capsys):
     assert os.listdir("/proc/self/fd") == before
     code, out, err = call(monkeypatch, capsys, "-m", str(model), *PLAIN, "-p", "fox", "--ram", "20M", "--ctx", "64")
     assert (code, out) == (1, "")
-    assert re.fullmatch(r"error: 0.00 GB are left for experts, and at least 0.00 .* \(5 of every layer's 8\): allow .*\n", err)
+    assert re.fullmatch(r"error: 0 kB are left for experts, and at least .* are needed \(5 of every layer's 8\): allow .*\n", err)
     assert os.listdir("/proc/self/fd") == before, "an engine that could not be opened leaves no file open"
 
 

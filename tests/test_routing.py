@@ -48,8 +48,8 @@ def test_what_is_recorded_is_what_the_router_chose(tmp_path, arch):
         ops, chosen = engine.executor.ops, []
         route = ops.route
 
-        def watched(ids, weights, logits):
-            route(ids, weights, logits)
+        def watched(ids, weights, logits, near):
+            route(ids, weights, logits, near)
             chosen.append((ids.copy(), weights.copy()))
 
         ops.route = watched

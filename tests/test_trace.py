@@ -1,4 +1,4 @@
-"""Routing traces: what is saved comes back, what is no trace is refused in one line, what is generated has the locality of text."""
+"""Routing traces: what is saved comes back, what is no trace is refused in one line, what is generated has locality."""
 
 from dataclasses import replace
 

@@ -159,9 +159,9 @@ def store_kv(quant, cache, cache_row, x, pos, n_tokens, n_head, head_dim, part, 
         pack(quant, xr, row(cache + (first + r) * cache_row, cache_row), head_dim)
 
 
-@kernel("iiiiii")
-def route(ids, weights, logits, n_tokens, n_expert, k, part, parts):
-    """The k largest softmax probabilities of each row (ties: the lower id), divided by their sum.
+@kernel("iiiiiiii")
+def route(ids, weights, logits, near, n_tokens, n_expert, k, n_near, part, parts):
+    """The k largest softmax probabilities of each row (ties: the lower id), divided by their sum; `near`: the n_near next ids.
 
     A logit and its expert become one integer that orders like the logit, then by falling id: each of the k passes is a plain
     maximum, which LLVM vectorises.
@@ -186,3 +186,10 @@ def route(ids, weights, logits, n_tokens, n_expert, k, part, parts):
             sum_ += w[rank]
         for rank in range(k):
             w[rank] /= sum_
+        missed = ints(near + 4 * t * n_near, n_near)
+        for rank in range(n_near):
+            best = keys[0]
+            for e in range(1, n_expert):
+                best = max(best, keys[e])
+            missed[rank] = n_expert - 1 - (best & 0xFFFFFFFF)
+            keys[missed[rank]] = np.iinfo(np.int64).min

@@ -37,7 +37,7 @@ def attend(run, layer, q, k, v):
 def route(run, layer):
     """ws.h -> the ids and weights of this step's experts: softmax over all, the k largest, renormalised."""
     run.ops.matmul(run.ws.router, layer.ffn_gate_inp, run.ws.h)
-    run.ops.route(run.ids, run.weights, run.ws.router)
+    run.ops.route(run.ids, run.weights, run.ws.router, run.near)
 
 
 # ---- tables ----

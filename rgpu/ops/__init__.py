@@ -159,8 +159,11 @@ class Ops(Protocol):
     def delta_rule(self, out: Array, qkv: Array, alpha: Array, beta: Array, a: Array, dt_bias: Array, state: Array) -> None:
         """Gated delta rule: out [n, n_v_head, d_v], state [n_v_head, d_k, d_v] read and written (kernels/recurrent.py)."""
 
-    def route(self, ids: Array, weights: Array, logits: Array) -> None:
-        """ids int32, weights [n, k]: the k largest of softmax(logits [n, n_expert]), renormalised; may spend the logits."""
+    def route(self, ids: Array, weights: Array, logits: Array, near: Array | None = None) -> None:
+        """ids int32, weights [n, k]: the k largest of softmax(logits [n, n_expert]), renormalised; may spend the logits.
+
+        `near` (int32 [n, m]): the m next in rank, for those who guess which will be used soon.
+        """
 
     def post(self, box: Array, ids: Array, table: Array | None = None, after: Array | None = None) -> None:
         """box[2:] = ids (int32 of any shape), box[1] = their number, last box[0] += 1: for a thread that watches box[0].

@@ -277,9 +277,10 @@ class CpuOps:
         )  # fmt: skip
         self._row(recurrent.delta_rule, (), arguments, n_v_head, [qkv, alpha, beta, state], [out, state])
 
-    def route(self, ids, weights, logits):
-        arguments = at(ids), at(weights), at(logits), *logits.shape, ids.shape[1]
-        self._row(elementwise.route, (), arguments, min(len(ids), MOST_PARTS), [logits], [ids, weights, logits])
+    def route(self, ids, weights, logits, near=None):
+        address, n_near, also = (0, 0, []) if near is None else (at(near), near.shape[1], [near])
+        arguments = at(ids), at(weights), at(logits), address, *logits.shape, ids.shape[1], n_near
+        self._row(elementwise.route, (), arguments, min(len(ids), MOST_PARTS), [logits], [ids, weights, logits, *also])
 
     def post(self, box, ids, table=None, after=None):
         assert box.dtype == ids.dtype == np.int32 and ids.size <= len(box) - 2

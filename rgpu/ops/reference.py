@@ -130,9 +130,11 @@ class ReferenceOps:
             state += k[t][:, :, None] * delta[:, None, :]
             out[t] = np.einsum("hkv,hk->hv", state, q[t])
 
-    def route(self, ids, weights, logits):
-        k = ids.shape[1]
-        ids[...] = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    def route(self, ids, weights, logits, near=None):
+        k, ranks = ids.shape[1], np.argsort(-logits, axis=1, kind="stable")
+        ids[...] = ranks[:, :k]
+        if near is not None:
+            near[...] = ranks[:, k : k + near.shape[1]]
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
         chosen = np.take_along_axis(p, ids.astype(np.int64), axis=1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..errors import OutOfMemory
 from ..machine import MIB, Machine
 from ..shapes import ModelShape
+from ..sizes import text
 from . import cost
 from .cost import Lanes
 
@@ -20,7 +21,7 @@ RESERVE = 256 * MIB  # of a promised cap on VRAM: it is given in larger pieces t
 RAM_RESERVE = 64 * MIB  # … and on RAM: what nobody counts
 SYSTEM = 2000 * MIB  # of RAM, for the system and other programs
 PROCESS = 300 * MIB  # of RAM, before a model is opened
-STEP = 8  # tokens of a forward that counts as a decode step, at most
+SPARE = 16  # slots of a class that hold no resident, at least: bytes that arrive land there
 CHUNKS = (512, 2048, 4096)  # tokens of a prompt that are computed together
 LOGIT_ROWS = 16  # of logits that are computed together
 SNAPSHOTS = 4  # of the recurrent state, that a session keeps
@@ -123,23 +124,16 @@ def slots_within(available: int, class_of: Sequence[int], nbytes: Sequence[int],
     """
     layers = [class_of.count(cls) for cls in range(len(nbytes))]
     per_layer = sum(n * size for n, size in zip(layers, nbytes, strict=True))
-
-    def spare(share: int) -> int:
-        return min(max(2 * k, share * max(layers) // 20), STEP * k)
-
-    def needed(share: int) -> int:
-        return share * per_layer + spare(share) * sum(nbytes)
-
-    share, least = min(available // per_layer, n_expert), min(k + 2, n_expert)
-    while share > least and needed(share) > available:
-        share -= 1
-    missing = needed(least) - available
+    spare = max(2 * k, SPARE)  # a token's experts twice: two waves, one read while the other is computed
+    share, least = min((available - spare * sum(nbytes)) // per_layer, n_expert), min(k + 2, n_expert)
+    missing = least * per_layer + spare * sum(nbytes) - available
     if missing > 0:
+        more = math.ceil(missing / 1e7) / 100
         raise OutOfMemory(
-            f"{_gb(max(available, 0))} are left for experts, and at least {_gb(needed(least))} are needed ({least} of every "
-            f"layer's {n_expert}): allow {math.ceil(missing / 1e7) / 100:.2f} GB more, or take a shorter context"
+            f"{text(max(available, 0))} are left for experts, and at least {text(available + missing)} are needed ({least} of "
+            f"every layer's {n_expert}): allow {more:.2f} GB more, or take a shorter context"
         )
-    return [n * share + spare(share) for n in layers], spare(share)
+    return [n * share + spare for n in layers], spare
 
 
 # ---- the three arrangements ----
@@ -224,12 +218,8 @@ def _problem(place: str, needed: int, there: int) -> tuple[str, ...]:
     """(why it does not fit, where), if it does not."""
     if needed <= there:
         return ()
-    return f"{_gb(needed)} of {place.upper()} are needed before the first expert, and {_gb(there)} are there", place
+    return f"{text(needed)} of {place.upper()} are needed before the first expert, and {text(there)} are there", place
 
 
 def _product(counts: Sequence[int], sizes: Sequence[int]) -> int:
     return sum(n * size for n, size in zip(counts, sizes, strict=True))
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"

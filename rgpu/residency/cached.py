@@ -43,15 +43,18 @@ class CachedExperts:
     file, bit for bit.
     """
 
+    learns = True
+
     def __init__(self, ops: Ops, store: Store, arena: SlotArena, policy: Policy, n_tokens: int, k: int, cap: int):
         """`n_tokens`: of a forward, at most; `k`: experts of a token; `cap`: bytes that the process may have in memory."""
         n_layer, n_expert = arena.table.shape
         self.ops, self.store, self.arena, self.policy, self.k, self.cap = ops, store, arena, policy, k, cap
         self.boxes = ops.empty((n_layer, 2 + n_tokens * k), np.int32)
-        self.routed = ops.empty((n_layer, 2 + min(n_tokens, DECODE) * k), np.int32)
+        shape = n_layer, 2 + min(n_tokens, DECODE) * k
+        self.routed, self.near = ops.empty(shape, np.int32), ops.empty(shape, np.int32)
         self.tables = ops.empty((n_layer, n_expert), np.int32)  # the arena's, and what lands in this step
         self.waves = ops.empty((max(map(self._n_waves, range(1, n_tokens + 1))), n_expert), np.int32)
-        self.streamer = Streamer(ops, store, arena, self.boxes, self.tables, self.waves)
+        self.streamer = Streamer(ops, store, arena, policy, self.boxes, self.tables, self.waves)
         self.step, self.counts = 0, Residency()
 
     def _n_waves(self, n_tokens: int) -> int:
@@ -65,6 +68,7 @@ class CachedExperts:
         box, answer, bank, n_waves = self.boxes[i], self.streamer.answers[i], self.store.banks[i], self._n_waves(len(ids))
         if len(ids) <= DECODE:
             ops.post(self.routed[i], ids)
+            ops.post(self.near[i], run.near)
         if n_waves == 1:
             table = self.tables[i]
             ops.post(box, ids, table=table)
@@ -99,15 +103,18 @@ class CachedExperts:
 
     def _turn(self, n_tokens: int, missed: int) -> None:
         """Learn from a decode step what is worth keeping."""
-        n_layer, n_expert = self.arena.table.shape
-        ids = self.routed[:, 2 : 2 + n_tokens * self.k]
-        used = np.unique(ids + n_expert * np.arange(n_layer, dtype=np.int32)[:, None])
+        used, near = (self._keys(boxes) for boxes in (self.routed, self.near))
         self.step += 1
-        self.policy.touch(self.step, used)
+        self.policy.touch(self.step, used, near if n_tokens == 1 else np.setdiff1d(near, used))
         swaps = self.arena.turn(used, self.policy)
         self.counts.used += len(used)
         self.counts.missed += missed
         self.counts.swaps += sum(swap.evicted >= 0 for swap in swaps)
+
+    def _keys(self, boxes: np.ndarray) -> np.ndarray:
+        """The keys that the layers have posted; every layer as many ids."""
+        n_expert = self.arena.table.shape[1]
+        return np.unique(boxes[:, 2 : 2 + boxes[0, 1]] + n_expert * np.arange(len(boxes), dtype=np.int32)[:, None])
 
     def _keep_to_the_cap(self) -> None:
         """Give up slots if the process has taken more memory than was foreseen. OutOfMemory if there are none to give up."""

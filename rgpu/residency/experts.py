@@ -27,6 +27,8 @@ class MappedExperts:
     The read-ahead learns from `boxes` (int32 [n_layer, 2 + ids]) what has been routed.
     """
 
+    learns = False  # from experts that nearly were used
+
     def __init__(
         self, ops: Ops, file: GGUFFile, banks: list[Bank], n_expert: int, boxes: Array, readahead: AbstractContextManager
     ):

@@ -19,6 +19,8 @@ class TracedExperts:
     A forced trace begins again when it ends. The weights stay those of the model's own choice, rank by rank.
     """
 
+    learns = True
+
     def __init__(self, ops: Ops, experts, sizes: tuple[int, int, int], n_tokens: int, forced: RoutingTrace | None = None):
         """`sizes`: n_layer, n_expert, n_expert_used of the model; `n_tokens`: of a forward, at most.
 
@@ -27,9 +29,10 @@ class TracedExperts:
         n_layer, n_expert, k = sizes
         self.ops, self.experts, self.n_expert, self.forced = ops, experts, n_expert, forced
         self.ids = ops.empty((n_layer, n_tokens, k), np.int32)
+        self.near = ops.empty((n_layer, n_tokens, min(k, n_expert - k)), np.int32)
         self.weights = ops.empty((n_layer, n_tokens, k), np.float32)
         self.tokens = 0
-        self.parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self.parts: list[tuple[np.ndarray, ...]] = []
         if forced is not None:
             _, layers, used = forced.ids.shape
             if layers < n_layer or (forced.n_expert, used) != (n_expert, k):
@@ -37,32 +40,36 @@ class TracedExperts:
                 raise RgpuError(f"the routing trace is of {found} experts, but the model has {needed}")
 
     def ffn(self, run, layer) -> None:
-        ids, weights = self.ids[layer.index, : len(run.ids)], self.weights[layer.index, : len(run.ids)]
-        if self.forced is not None:
-            self.ops.copy(run.ids, ids)
-        else:
-            self.ops.copy(ids, run.ids)
-        self.ops.copy(weights, run.weights)
+        kept = [array[layer.index, : len(run.ids)] for array in (self.ids, self.near, self.weights)]
+        copies = zip(kept, (run.ids, run.near, run.weights), strict=True)
+        for mine, routed in copies:
+            if self.forced is not None and mine.dtype == np.int32:
+                self.ops.copy(routed, mine)
+            else:
+                self.ops.copy(mine, routed)
         self.experts.ffn(run, layer)
 
     @contextmanager
     def forward(self, n_tokens: int) -> Iterator[None]:
         if self.forced is not None:
             rows = np.arange(self.tokens, self.tokens + n_tokens) % len(self.forced.ids)
-            wanted = self.forced.ids[rows, : len(self.ids)].swapaxes(0, 1)
-            self.ops.copy(self.ids[:, :n_tokens], self.ops.upload(wanted.astype(np.int32)))
+            # A trace that knows no near misses has none: what is used says the same twice.
+            near = self.forced.ids[..., : self.near.shape[2]] if self.forced.near is None else self.forced.near
+            for mine, wanted in ((self.ids, self.forced.ids), (self.near, near)):
+                values = wanted[rows, : len(mine)].swapaxes(0, 1).astype(np.int32)
+                self.ops.copy(mine[:, :n_tokens], self.ops.upload(values))
         with self.experts.forward(n_tokens):
             yield
         self.tokens += n_tokens
-        ids, weights = self.ops.to_host(self.ids[:, :n_tokens]), self.ops.to_host(self.weights[:, :n_tokens])
-        self.parts.append((ids.swapaxes(0, 1).astype(np.int16), weights.swapaxes(0, 1).astype(np.float16)))
+        kept = ((self.ids, np.int16), (self.weights, np.float16), (self.near, np.int16))
+        self.parts.append(tuple(self.ops.to_host(x[:, :n_tokens]).swapaxes(0, 1).astype(dtype) for x, dtype in kept))
 
     def recorded(self) -> RoutingTrace:
         """What has been routed so far. RgpuError if there was no token yet."""
         if not self.parts:
             raise RgpuError("no token has been routed yet: there is no trace to save")
-        ids, weights = (np.concatenate(part) for part in zip(*self.parts, strict=True))
-        return RoutingTrace(ids, weights, self.n_expert, "recorded")
+        ids, weights, near = (np.concatenate(part) for part in zip(*self.parts, strict=True))
+        return RoutingTrace(ids, weights, self.n_expert, "recorded", near)
 
     def close(self) -> None:
         self.experts.close()

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..ops import Array, Ops
 from .arena import SlotArena
+from .policy import Policy
 from .store import Store
 
 READERS = 4  # reads that are on their way at once: what a disk needs to be busy. Few records are read in parts for it.
@@ -29,9 +30,11 @@ class Streamer:
     all its ids in ascending order, as many at a time as half of the spare slots hold.
     """
 
-    def __init__(self, ops: Ops, store: Store, arena: SlotArena, boxes: Array, tables: Array, waves: Array):
+    def __init__(
+        self, ops: Ops, store: Store, arena: SlotArena, policy: Policy, boxes: Array, tables: Array, waves: Array
+    ):
         """Int32 arrays: boxes [n_layer, 2 + ids], tables [n_layer, n_expert] for asking once, waves [most waves, n_expert]."""
-        self.ops, self.store, self.arena = ops, store, arena
+        self.ops, self.store, self.arena, self.policy = ops, store, arena, policy
         self.boxes, self.tables, self.waves = boxes, tables, waves
         self.answers = ops.empty((len(boxes), 1), np.int32)
         self.threads = ThreadPoolExecutor(READERS + 1, "rgpu-streamer")
@@ -95,7 +98,9 @@ class Streamer:
     def _answer(self, layer: int) -> None:
         """Bring all experts that are asked for."""
         box = self.boxes[layer]
-        self._arrived(self._start(layer, np.unique(box[2 : 2 + box[1]])), self.tables[layer])
+        experts = np.unique(box[2 : 2 + box[1]])
+        self.arena.make_room(layer, len(experts), self.policy)
+        self._arrived(self._start(layer, experts), self.tables[layer])
         self.ops.publish(self.answers[layer], int(box[0]))
 
     def _answer_in_waves(self, layer: int, n_waves: int) -> None:
