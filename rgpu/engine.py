@@ -65,6 +65,8 @@ class EngineConfig:
             raise RgpuError(f"policy is '{self.policy}', but there are: {', '.join(POLICIES)}")
         if self.ram is not None:
             sizes.nbytes(self.ram, "ram")
+        elif self.policy != next(iter(POLICIES)):
+            raise RgpuError(f"policy '{self.policy}' says which experts stay in memory under a cap: give one (ram, --ram) too")
         if self.trace is not None and not Path(self.trace).parent.is_dir():
             raise RgpuError(f"the trace is to be {self.trace}, but there is no folder {Path(self.trace).parent}")
         for name, value in (("n_ctx", self.n_ctx), ("threads", self.threads), ("n_batch", self.n_batch)):

@@ -61,7 +61,7 @@ def test_other_tokens_or_more_memory_are_a_failure(bench):
 
 def test_a_run_that_fails_is_one_clear_line(model, monkeypatch, capsys):
     monkeypatch.undo()  # for the child, compiled kernels are in the cache
-    with pytest.raises(RgpuError, match=r"^the run with ram = 1M failed: rgpu\.errors\.OutOfMemory: 0\.00 GB are left"):
+    with pytest.raises(RgpuError, match=r"^the run with ram = 1M failed: rgpu\.errors\.OutOfMemory: .* are left"):
         ram.in_a_process(str(model), "1M", "", 1, 1)
     assert ram.main([str(model.with_name("missing.gguf")), "--ram", "1G"]) == 1
     out, err = capsys.readouterr()

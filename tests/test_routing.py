@@ -49,8 +49,9 @@ def test_what_is_recorded_is_what_the_router_chose(tmp_path, arch):
         route = ops.route
 
         def watched(ids, weights, logits, near):
+            ranks = np.argsort(-logits, axis=1, kind="stable")
             route(ids, weights, logits, near)
-            chosen.append((ids.copy(), weights.copy()))
+            chosen.append((ranks[:, :3], weights.copy(), ranks[:, 3:6]))
 
         ops.route = watched
         session = engine.session()
@@ -61,7 +62,7 @@ def test_what_is_recorded_is_what_the_router_chose(tmp_path, arch):
     assert (trace.n_expert, trace.source, trace.ids.shape) == (8, "recorded", (N_TOKENS, n_layer, 3))
     assert len(chosen) == (3 + 5) * n_layer, "a prompt of 40 tokens is three chunks"
     for layer in range(n_layer):
-        for recorded, part in ((trace.ids, 0), (trace.weights, 1)):
+        for part, recorded in enumerate((trace.ids, trace.weights, trace.near)):
             wanted = np.concatenate([call[part] for call in chosen[layer::n_layer]])
             np.testing.assert_array_equal(recorded[:, layer], wanted.astype(recorded.dtype))
     assert len(np.unique(trace.ids, axis=0)) > N_TOKENS / 2
@@ -83,6 +84,7 @@ def test_a_run_forced_with_its_own_trace_is_the_same_run(path, device, ram):
     np.testing.assert_array_equal(got, wanted)
     np.testing.assert_array_equal(recorded.ids, trace.ids)
     np.testing.assert_array_equal(recorded.weights, trace.weights)
+    np.testing.assert_array_equal(recorded.near, trace.near)
 
 
 @pytest.mark.parametrize("ram", [None, "1T"])
