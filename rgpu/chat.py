@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     engine = p.add_argument_group("the engine")
     engine.add_argument("--ctx", dest="n_ctx", type=int, metavar="N", help="tokens of context (default: 32768 or the model's)")
     engine.add_argument("--kv", type=str.lower, metavar="TYPE", help="type of the KV cache: f16 (default), f32, q8_0")
-    engine.add_argument("--device", metavar="NAME", help="auto (default), cpu, reference")
+    engine.add_argument("--device", metavar="NAME", help="auto (default: a GPU if the model fits it), cuda, cpu, reference")
     engine.add_argument("--threads", type=int, metavar="N", help="(default: physical cores)")
     engine.add_argument("--ram", metavar="SIZE", help="most memory to use, e.g. 6G, for a file that is larger (default: no cap)")
     engine.add_argument("--policy", metavar="NAME", help="which experts stay in memory: rotary (default), lru, lfru, static")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import load, machine, shapes, sizes
+from . import backend, load, machine, shapes, sizes
 from .errors import OutOfMemory, RgpuError, TokenizerError, UnsupportedModel
 from .executor import Executor
 from .gguf.direct import DirectFiles
@@ -43,7 +43,7 @@ class EngineConfig:
     """What the user wants. `None` means: chosen when the engine opens, and printed."""
 
     path: str | os.PathLike
-    device: str = "auto"  # auto, cpu, reference
+    device: str = "auto"  # auto (a GPU that the model fits, else the CPU), cuda, cpu, reference
     kv: str = "f16"  # type of the KV cache: f16, f32, q8_0
     n_ctx: int | None = None  # tokens a session can hold; None: 32,768 or the trained context if that is smaller
     threads: int | None = None  # None: physical cores
@@ -85,6 +85,7 @@ class Engine:
     def __init__(self, config: EngineConfig, progress: Callable[[int, int, str], None] | None = None):
         """Map the file, bind and check it, compile what it needs. `progress(done, total, what)` during what takes long."""
         self.config = config
+        self.ops: Ops | None = None
         self.executor: Executor | None = None
         self.cached: CachedExperts | None = None
         self.direct: DirectFiles | None = None
@@ -93,18 +94,19 @@ class Engine:
         try:
             self._open(config, progress)
         except UnsupportedModel as error:
-            self._close_files()
+            self._release()
             raise UnsupportedModel(f"{config.path}: {error}") from error
         except BaseException:
-            self._close_files()
+            self._release()
             raise
 
     def _open(self, config: EngineConfig, progress) -> None:
-        ops = _backend(config)
+        self.ops, self.why = self._backend()
+        ops = self.ops
         forced = RoutingTrace.load(Path(config.replay_trace)) if config.replay_trace else None
         self.direct = DirectFiles(self.file.paths) if config.ram else None
-        bound = load.bind(self.file, ops, self.direct)
-        hp = self.hparams = bound.model.hp
+        found = load.inspect(self.file)
+        hp = self.hparams = found.hp
         self.n_ctx = config.n_ctx or min(N_CTX, hp.n_ctx_train)
         if self.n_ctx > hp.n_ctx_train:
             raise RgpuError(f"n_ctx is {self.n_ctx}, but the model was trained for {hp.n_ctx_train} tokens")
@@ -114,14 +116,25 @@ class Engine:
                 raise UnsupportedModel(f"heads of {width} values don't divide into blocks of {self.kv.block}: use --kv f16")
         n_batch = min(config.n_batch, self.n_ctx)
         compiling = progress and (lambda done, total, name: progress(done, total, f"{COMPILING}: {name}"))
-        ops.prepare(load.needs(bound, n_batch, config.kv.upper()), compiling)
-        self.types = bound.types
+        finish = ops.prepare(found.needs(n_batch, config.kv.upper()), compiling)
+        bound = load.bind(self.file, found, ops, self.direct, progress)
+        finish()
+        self.types = found.types
         self.executor = Executor(bound.model, ops, None, n_batch)
         self.cached = self._cached(bound, n_batch, progress) if self.direct else None
         experts = self.cached or load.mapped(self.file, ops, bound, n_batch)
         if config.trace or forced:
             experts = TracedExperts(ops, experts, (hp.n_layer, hp.n_expert, hp.n_expert_used), n_batch, forced)
         self.executor.experts = experts
+
+    def _backend(self) -> tuple[Ops, str]:
+        """The backend and why; "auto" names what keeps it from a GPU that seems to be there."""
+        config = self.config
+        kv = config.kv, config.n_ctx or N_CTX
+        ops, why = backend.choose(config.device, config.threads, self.file, kv, config.ram is not None)
+        if config.device == "auto" and ops.name == "cpu" and backend.has_gpu():
+            warnings.warn(f"the GPU is not used: {why}", stacklevel=3)
+        return ops, why
 
     def _cached(self, bound: load.Bound, n_batch: int, progress) -> CachedExperts:
         """The experts under the cap `ram`: in what is left of it beside all that is there, and all that is still to come."""
@@ -176,9 +189,11 @@ class Engine:
                 with suppress(OSError):  # where nothing can be kept, the next start learns again
                     profile.save(profile.Profile(self.digest, machine.name(), cached.policy.state()))
         finally:
-            self._close_files()
+            self._release()
 
-    def _close_files(self) -> None:
+    def _release(self) -> None:
+        if self.ops:
+            self.ops.close()
         self.file.close()
         if self.direct:
             self.direct.close()
@@ -197,7 +212,7 @@ class Engine:
         executor = self._opened()
         try:
             state = State(executor.model, executor.ops, self.kv, self.n_ctx)
-        except MemoryError:
+        except (MemoryError, OutOfMemory):
             raise OutOfMemory(f"no memory for a context of {self.n_ctx} tokens: open the model with a smaller one") from None
         return Session(self, state)
 
@@ -225,26 +240,20 @@ class Engine:
     def plan(self) -> list[str]:
         """What was decided and what it will give, line by line; the machine is measured the first time, which takes a second."""
         hp, ops, model = self.hparams, self._opened().ops, self._opened().model
-        here = machine.this_machine(ops.threads, self.file.path) if ops.name == "cpu" else machine.PROFILES["cpu"]
-        wishes = budget.Wishes(self.n_ctx, self.config.kv, self._opened().workspace.n_tokens, **self.caps)
         attention = sum(layer.kind == "attention" for layer in model.layers)
         types = ", ".join(sorted(self.types["experts"] | self.types["matrices"]))
-        how = f"kept in slots within {sizes.text(self.caps['ram'])}" if self.caps else "read in place from the mapped file"
-        return [
+        how = "in VRAM" if ops.name == "cuda" else "read in place from the mapped file"
+        if self.caps:
+            how = f"kept in slots within {sizes.text(self.caps['ram'])}"
+        rows = [
             f"model    {self.name}: {hp.arch}, {hp.n_layer} layers ({attention} with attention), {types}",
-            f"device   {ops.name}: {here.name}, reads {here.cpu_gb_s:.3g} GB/s, disk {here.disk_gb_s:.2g} GB/s",
+            f"device   {ops.name} ({self.why})",
             f"experts  {hp.n_layer} layers x {hp.n_expert}, {hp.n_expert_used} used per token, {how}",
             f"context  {self.n_ctx} tokens of {hp.n_ctx_train}, KV cache {self.config.kv}",
-            *report.lines(budget.plan(shapes.from_gguf(self.file), here, wishes)),
         ]
-
-
-def _backend(config: EngineConfig) -> Ops:
-    if config.device == "reference":
-        from .ops.reference import ReferenceOps
-
-        return ReferenceOps(config.threads)
-    from .ops.cpu import CpuOps
-
-    return CpuOps(config.threads)
-
+        if ops.name != "cpu":
+            return rows
+        here = machine.this_machine(ops.threads, self.file.path)
+        wishes = budget.Wishes(self.n_ctx, self.config.kv, self._opened().workspace.n_tokens, **self.caps)
+        rates = f"{here.name}, reads {here.cpu_gb_s:.3g} GB/s, disk {here.disk_gb_s:.2g} GB/s"
+        return [*rows, f"machine  {rates}", *report.lines(budget.plan(shapes.from_gguf(self.file), here, wishes))]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -64,31 +65,37 @@ class Executor:
         self.rope_freqs = ops.upload((hp.rope_freq_base**-exponents).astype(np.float32))
         self.trace: Callable[[int, str, np.ndarray], None] | None = None
         self.running = False
+        self.best: dict[int, tuple[Array, Array]] = {}  # k -> where the largest logits are brought together
 
-    def forward(self, state: State, tokens: Sequence[int], all: bool = False) -> np.ndarray:
-        """Append `tokens` to the session; float32 logits [n_vocab] after the last one, or [n_tokens, n_vocab]."""
+    def forward(self, state: State, tokens: Sequence[int], all: bool = False, best: int = 0):
+        """Append `tokens` to the session; float32 logits [n_vocab] after the last one, or [n_tokens, n_vocab].
+
+        `best`: only so many, the largest after the last token, as (ids int32, logits float32), each [best].
+        """
         assert state.n_past + len(tokens) <= state.n_ctx, "kernels write by address"
         with self.lock:
             assert not self.running, "a trace must not start another forward in the same workspace"
             self.running = True
             try:
-                return self._forward(state, tokens, all)
+                return self._forward(state, tokens, all, best)
             finally:
                 self.running = False
 
-    def _forward(self, state: State, tokens: Sequence[int], all: bool) -> np.ndarray:
-        rows = []
+    def _forward(self, state: State, tokens: Sequence[int], all: bool, best: int):
+        rows, read = [], (lambda logits: self._likeliest(logits, best)) if best else self.ops.to_host
         for start in range(0, len(tokens), self.workspace.n_tokens):
             chunk = tokens[start : start + self.workspace.n_tokens]
             last = start + len(chunk) == len(tokens)
-            rows += self._chunk(state, chunk, len(chunk) if all else int(last))
+            rows += self._chunk(state, chunk, len(chunk) if all else int(last), read)
+        if best:
+            return rows[0]
         return np.concatenate(rows) if all else rows[0][-1]
 
-    def _chunk(self, state: State, chunk: Sequence[int], n_logits: int) -> list[np.ndarray]:
-        """Run up to n_batch tokens; logits of the last `n_logits`, in pieces of LOGIT_ROWS."""
+    def _chunk(self, state: State, chunk: Sequence[int], n_logits: int, read: Callable[[Array], Any]) -> list:
+        """Run up to n_batch tokens; logits of the last `n_logits`, in pieces of LOGIT_ROWS, as `read` brings them to the host."""
         n, ops, work = len(chunk), self.ops, self.workspace
-        ops.copy(work.tokens[:n], ops.upload(np.asarray(chunk, np.int32)))
-        ops.copy(work.pos, ops.upload(np.array([state.n_past], np.int32)))
+        ops.write(work.tokens[:n], np.asarray(chunk, np.int32))
+        ops.write(work.pos, np.array([state.n_past], np.int32))
         run = Run(ops, work, state, self.experts, self.rope_freqs, n)
         ends = [*range(n - n_logits, n, LOGIT_ROWS), n]
         pieces = list(pairwise(ends))
@@ -103,7 +110,7 @@ class Executor:
             for first, end in pieces:
                 if n_logits > 1 or self.trace:
                     self._logits(run, first, end)
-                rows.append(ops.to_host(work.logits[: end - first]))
+                rows.append(read(work.logits[: end - first]))
         state.advance(n)
         return rows
 
@@ -121,6 +128,14 @@ class Executor:
             self._observe(layer, "out", ws.x)
         for first, end in pieces:
             self._logits(run, first, end)
+
+    def _likeliest(self, logits: Array, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k largest logits of the only row: (ids, logits)."""
+        if k not in self.best:
+            self.best[k] = self.ops.empty((1, k), np.int32), self.ops.empty((1, k), np.float32)
+        ids, values = self.best[k]
+        self.ops.top_k(ids, values, logits)
+        return self.ops.to_host(ids)[0], self.ops.to_host(values)[0]
 
     def _logits(self, run: Run, first: int, end: int) -> None:
         """workspace.logits = those of rows first..end of x."""

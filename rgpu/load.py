@@ -1,5 +1,6 @@
 """A file becomes a bound model on a backend: every tensor found, checked and handed over; every problem reported at once."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import numpy as np
 from .errors import UnsupportedModel
 from .gguf import names
 from .gguf.direct import DirectFiles
-from .gguf.layout import ExpertTensors, find_experts
+from .gguf.layout import ExpertMatrix, ExpertTensors, find_experts
 from .gguf.reader import GGUFFile
 from .models import for_gguf
 from .models.base import HParams, Layer, Model, T, misfits
@@ -22,21 +23,39 @@ from .residency.policy import POLICIES
 from .residency.readahead import PageCache, ReadAhead, supported
 from .residency.store import Store, size_classes
 
+MB = 10**6
+
+
+@dataclass
+class Found:
+    """What a file holds of its architecture, checked, before anything is read."""
+
+    model: type[Model]
+    hp: HParams
+    dense: list[T]
+    names: dict[str, str]  # of the dense tensors in the table -> in the file
+    experts: list[ExpertTensors]
+    types: dict[str, frozenset[str]]  # names of the types in use, by the fields of Needs
+
+    def needs(self, n_tokens: int, kv: str) -> Needs:
+        """What a backend must be prepared for, with chunks of `n_tokens` and a KV cache of type `kv`."""
+        hp = self.hp
+        recurrent = any(self.model.layer_kind(hp, i) == "recurrent" for i in range(hp.n_layer))
+        heads = {"recurrent": self.model.recurrent_shapes(hp)["delta"][1] if recurrent else 0, "n_embd_head": hp.n_embd_head_k}
+        sizes = dict(n_expert=hp.n_expert, n_expert_used=hp.n_expert_used, n_embd=hp.n_embd, n_ff_exp=hp.n_ff_exp)
+        return Needs(n_tokens=n_tokens, kv=kv, **heads, **sizes, **self.types)
+
 
 @dataclass
 class Bound:
-    """A model but for its experts' arrangement; where these lie in the file; and what a backend must be prepared for."""
+    """A model but for its experts' arrangement, and where these lie: in the mapped file, or in the backend's memory."""
 
     model: Model
-    banks: list[Bank]  # of each layer, in the mapped file
-    types: dict[str, frozenset]  # names of the types in use, by the fields of Needs
+    banks: list[Bank]
 
 
-def bind(file: GGUFFile, ops: Ops, direct: DirectFiles | None = None) -> Bound:
-    """Bind a GGUF to its architecture. Dense weights stay in the mapped file, or are read through `direct` into memory.
-
-    UnsupportedModel names all that is missing, misshapen, unknown or of an unknown type.
-    """
+def inspect(file: GGUFFile) -> Found:
+    """Find all that an architecture needs. UnsupportedModel names what is missing, misshapen, unknown or of an unknown type."""
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise UnsupportedModel("no general.architecture: this is not a model (a vocabulary or projector file?)")
@@ -54,33 +73,62 @@ def bind(file: GGUFFile, ops: Ops, direct: DirectFiles | None = None) -> Bound:
     stored = {t.name: t.name if t.name in file.tensors else t.alias for t in dense}
     dense = [t for t in dense if stored[t.name] in file.tensors]  # without the optional ones that are absent
     types = {stored[t.name]: file.tensors[stored[t.name]].quant for t in dense}
-    types |= {f"{kind} of the experts of layer {i}": m.quant for i, e in enumerate(experts) for kind, m in e._asdict().items()}
-    problems += _types_beyond(types)
+    parts = [(f"{kind} of the experts of layer {i}", m.quant) for i, e in enumerate(experts) for kind, m in e._asdict().items()]
+    problems += _types_beyond(types | dict(parts))
     if problems:
         more = f" … and {len(problems) - 8} more" if len(problems) > 8 else ""
         plural = "problem" if len(problems) == 1 else "problems"
         raise UnsupportedModel(f"does not fit {arch}, {len(problems)} {plural}: " + "; ".join(problems[:8]) + more)
 
-    bound = {t.name: _tensor(file, stored[t.name], ops, t, direct) for t in dense}
-    layers = [Layer(i, cls.layer_kind(hp, i), _own(bound, i)) for i in range(hp.n_layer)]
-    model = cls(hp, bound, layers)
-    banks = [_bank(file, ops, layer) for layer in experts]
-    matrices = [w for layer in layers for w in layer.tensors.values() if isinstance(w, Weight)]
+    embeddings = "token_embd.weight"
+    tied = "output.weight" not in {t.name for t in dense}
     used = {
-        "matrices": _types([*matrices, model.output]),
-        "embeddings": _types([model.token_embd]),
-        "experts": _types([part for bank in banks for part in bank]),
-        "gate_up": frozenset((type(bank.gate.quant).__name__, type(bank.up.quant).__name__) for bank in banks),
-        "down": _types([bank.down for bank in banks]),
+        "matrices": frozenset(types[stored[t.name]] for t in dense if t.is_matrix and (tied or t.name != embeddings)),
+        "embeddings": frozenset([types[embeddings]]),
+        "experts": frozenset(quant for _, quant in parts),
+        "gate_up": frozenset((e.gate.quant, e.up.quant) for e in experts),
+        "down": frozenset(e.down.quant for e in experts),
     }
-    return Bound(model, banks, used)
+    return Found(cls, hp, dense, stored, experts, used)
+
+
+def bind(file: GGUFFile, found: Found, ops: Ops, direct: DirectFiles | None = None, progress: Callable | None = None) -> Bound:
+    """Hand the weights to a backend: as they are mapped where it reads host memory, else copied, with `progress` in MB.
+
+    Dense weights may be read through `direct` into memory instead.
+    """
+    total = sum(info.nbytes for info in file.tensors.values())
+    moved = _Moved(progress if not ops.reads_host_memory else None, total)
+    tensors = {}
+    for t in found.dense:
+        tensors[t.name] = _tensor(file, found.names[t.name], ops, t, direct)
+        moved.add(file.tensors[found.names[t.name]].nbytes)
+    layers = [Layer(i, found.model.layer_kind(found.hp, i), _own(tensors, i)) for i in range(found.hp.n_layer)]
+    banks = []
+    for experts in found.experts:
+        banks.append(_bank(file, ops, experts))
+        moved.add(sum(m.nbytes * len(m.offset) for m in experts))
+    moved.add(total)
+    return Bound(found.model(found.hp, tensors, layers), banks)
+
+
+class _Moved:
+    """Tells how much has been copied, in MB."""
+
+    def __init__(self, progress: Callable[[int, int, str], None] | None, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def add(self, nbytes: int) -> None:
+        self.done = min(self.done + nbytes, self.total)
+        if self.progress:
+            self.progress(self.done // MB, self.total // MB, "loading weights, MB")
 
 
 def mapped(file: GGUFFile, ops: Ops, bound: Bound, n_batch: int) -> MappedExperts:
     """The experts where the file has them, for chunks of up to `n_batch` tokens."""
     hp = bound.model.hp
     boxes = ops.empty((hp.n_layer, 2 + n_batch * hp.n_expert_used), np.int32)
-    return MappedExperts(ops, file, bound.banks, hp.n_expert, boxes, _readahead(file, boxes, bound.banks, bound.model))
+    return MappedExperts(ops, file, bound.banks, hp.n_expert, boxes, _readahead(file, ops, boxes, bound.banks, bound.model))
 
 
 def cached(ops: Ops, bound: Bound, n_batch: int, direct: DirectFiles, policy: str, available: int, cap: int) -> CachedExperts:
@@ -94,18 +142,6 @@ def cached(ops: Ops, bound: Bound, n_batch: int, direct: DirectFiles, policy: st
     arena = SlotArena(hp.n_layer, hp.n_expert, class_of, counts, hp.n_expert_used + 2, spare)
     store = Store(direct, bound.banks, class_of, nbytes, counts)
     return CachedExperts(ops, store, arena, POLICIES[policy](hp.n_layer, hp.n_expert), n_batch, hp.n_expert_used, cap)
-
-
-def needs(bound: Bound, n_tokens: int, kv: str) -> Needs:
-    """What a backend must be prepared for to run this model with chunks of `n_tokens` and a KV cache of type `kv`."""
-    hp = bound.model.hp
-    recurrent = any(layer.kind == "recurrent" for layer in bound.model.layers)
-    sizes = dict(n_expert=hp.n_expert, n_expert_used=hp.n_expert_used, n_embd=hp.n_embd, n_ff_exp=hp.n_ff_exp)
-    return Needs(n_tokens=n_tokens, kv=kv, recurrent=recurrent, **sizes, **bound.types)
-
-
-def _types(weights) -> frozenset[str]:
-    return frozenset(type(weight.quant).__name__ for weight in weights)
 
 
 def _own(bound: dict, index: int) -> dict:
@@ -126,14 +162,26 @@ def _tensor(file: GGUFFile, name: str, ops: Ops, t: T, direct: DirectFiles | Non
 
 
 def _bank(file: GGUFFile, ops: Ops, experts: ExpertTensors) -> Bank:
-    """A layer's experts where the mapped shards have them."""
+    """A layer's experts where the mapped shards have them, or in memory of the backend."""
+    if not ops.reads_host_memory:
+        return Bank(*(_uploaded(file, ops, m) for m in experts))
     shards = tuple(ops.upload(file.mapping(i)) for i in range(len(file.paths)))
     return Bank(*(Slots(TYPES[m.quant], m.shape, shards, m.shard, m.offset) for m in experts))
 
 
-def _readahead(file: GGUFFile, boxes: Array, banks: list[Bank], model: Model) -> AbstractContextManager:
-    """Requests for what a forward will read; none where the system takes none."""
-    if not supported():
+def _uploaded(file: GGUFFile, ops: Ops, matrices: ExpertMatrix) -> Slots:
+    """Matrices of all experts, one behind the other in memory of the backend."""
+    n, size = len(matrices.offset), matrices.nbytes
+    offset = np.arange(n, dtype=np.int64) * (-(-size // 16) * 16)
+    memory = ops.empty((int(offset[-1]) + size,), np.uint8)
+    for place, shard, start in zip(offset.tolist(), matrices.shard.tolist(), matrices.offset.tolist(), strict=True):
+        ops.write(memory[place : place + size], file.mapping(shard)[start : start + size])
+    return Slots(TYPES[matrices.quant], matrices.shape, (memory,), np.zeros(n, np.int64), offset)
+
+
+def _readahead(file: GGUFFile, ops: Ops, boxes: Array, banks: list[Bank], model: Model) -> AbstractContextManager:
+    """Requests for what a forward will read; none where the system takes none, or all is in another memory."""
+    if not (supported() and ops.reads_host_memory):
         return nullcontext()
     matrices = [[w for w in layer.tensors.values() if isinstance(w, Weight)] for layer in model.layers]
     dense = [[(w.address, w.data.nbytes) for w in each] for each in (*matrices, [model.output])]

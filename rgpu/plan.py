@@ -182,8 +182,8 @@ def head(budget: Budget) -> list[str]:
     ]
     if shape.arch not in architectures():
         rows.append(f"note     this version does not run {shape.arch or 'such a model'}: this is what its bytes allow")
-    if m.vram:
-        rows.append("note     this version computes on the CPU only: what a GPU would give is calculated")
+    if m.vram and budget.placement.how != "all":
+        rows.append("note     this version uses a GPU for models that fit into it: how experts rotate there is calculated")
     return rows
 
 

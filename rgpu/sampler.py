@@ -13,6 +13,7 @@ import numpy as np
 
 from .errors import RgpuError
 
+MOST_SHORT = 1024  # tokens that a device sorts out of the vocabulary
 LEAST = np.finfo(np.float32).min  # below it there is only -inf: a forbidden token
 
 @dataclass(frozen=True)
@@ -75,9 +76,30 @@ class Sampler:
         _check("logprobs", params.logprobs, (params.logprobs or 0) <= n_vocab, f"at most {n_vocab}")
         self.params = params
         self._random = np.random.default_rng(params.seed)
-        self._logits = np.empty(n_vocab, np.float32)  # the model's own stay as they are
+        self._room = np.empty(n_vocab, np.float32)  # the model's own logits stay as they are
+        self._logits = self._room
         self._bias_ids = np.array([*params.logit_bias], np.int64)
         self._bias = np.array([*params.logit_bias.values()], np.float32)
+
+    @property
+    def shortlist(self) -> int:
+        """How many of the likeliest tokens are all that a choice looks at; 0: the whole vocabulary."""
+        p = self.params
+        plain = p.repeat_penalty == 1 and p.presence_penalty == p.frequency_penalty == 0 and not p.logit_bias
+        if not plain or p.logprobs is not None:
+            return 0
+        if p.temperature <= 0:
+            return 1
+        return p.top_k if 0 < p.top_k <= min(MOST_SHORT, len(self._room) - 1) else 0
+
+    def choose(self, ids: np.ndarray, logits: np.ndarray) -> Sample:
+        """Chooses among the `shortlist` likeliest tokens: ids [n], largest logit first, of equals the lowest id first."""
+        self._logits = self._room[: len(ids)]
+        np.copyto(self._logits, logits)
+        try:
+            return Sample(int(ids[self._chosen()]), None, ())
+        finally:
+            self._logits = self._room
 
     def sample(self, logits: np.ndarray, history: Sequence[int] = ()) -> Sample:
         """Chooses a token from float32 logits [n_vocab], which are not changed.
@@ -89,13 +111,17 @@ class Sampler:
         np.copyto(self._logits, logits)
         self._logits[self._bias_ids] += self._bias
         self._penalize(history)
-        best = int(self._logits.argmax())  # the lowest id of equals; the first NaN if there is one
-        if not math.isfinite(self._logits[best]):
-            raise RgpuError(f"no token can be chosen: the largest logit is {self._logits[best]}")
-        chosen = best if self.params.temperature <= 0 else self._draw(best)
+        chosen = self._chosen()
         if self.params.logprobs is None:
             return Sample(chosen, None, ())
         return Sample(chosen, *_logprobs(logits, chosen, self.params.logprobs))
+
+    def _chosen(self) -> int:
+        """The place of the choice in `_logits`."""
+        best = int(self._logits.argmax())  # the lowest id of equals; the first NaN if there is one
+        if not math.isfinite(self._logits[best]):
+            raise RgpuError(f"no token can be chosen: the largest logit is {self._logits[best]}")
+        return best if self.params.temperature <= 0 else self._draw(best)
 
     def _penalize(self, history: Sequence[int]) -> None:
         """llama.cpp's penalties: each recent token once, however often it occurs, but for frequency_penalty."""

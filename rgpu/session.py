@@ -78,10 +78,10 @@ class Session:
         self._answer = None  # an answer that was under way can't go on behind other tokens
         return self._extend(_ids(tokens), all)
 
-    def _extend(self, tokens: list[int], all: bool = False) -> np.ndarray:
+    def _extend(self, tokens: list[int], all: bool = False, best: int = 0):
         self._check(tokens, len(self.tokens))
         try:
-            logits = self.engine.executor.forward(self.state, tokens, all)
+            logits = self.engine.executor.forward(self.state, tokens, all, best)
             self.tokens += tokens
         except BaseException:
             # Some chunks are in the state, perhaps a part of one: what the session knows, or its latest snapshot, is whole.
@@ -138,14 +138,14 @@ class Session:
             self._cut(shared)
         return list(tokens[len(self.tokens) :])
 
-    def _prefill(self, tokens: list[int]) -> np.ndarray:
+    def _prefill(self, tokens: list[int], best: int = 0):
         """Compute a prompt's remainder; snapshot after the first and the last of its messages."""
         start, eog = len(self.tokens), self.engine.tokenizer.eog
         ends = [start + i + 1 for i, token in enumerate(tokens[:-1]) if token in eog]
         for end in sorted({*ends[:1], *ends[-1:]}):
             self._extend(tokens[len(self.tokens) - start : end - start])
             self._remember()
-        return self._extend(tokens[len(self.tokens) - start :])
+        return self._extend(tokens[len(self.tokens) - start :], best=best)
 
     def _remember(self) -> None:
         if self.state.recurrent and all(s.n_past != self.state.n_past for s in self.snapshots):
@@ -195,7 +195,8 @@ class Session:
         answer = self._answer = object()
         rest = self.sync(tokens)
         stats.reused_tokens = len(tokens) - len(rest)
-        logits = self._prefill(rest)
+        short = sampler.shortlist
+        logits = self._prefill(rest, short)
         stats.prefill_s, stats.read_bytes = time.perf_counter() - began, _read_bytes() - read
         decoder, stops = tokenizer.stream(), StopStrings(params.stop)
         first = None
@@ -203,7 +204,7 @@ class Session:
             if params.max_tokens == 0:
                 stats.stop_reason = "length"
                 break
-            sample = sampler.sample(logits, self.tokens)
+            sample = sampler.choose(*logits) if short else sampler.sample(logits, self.tokens)
             now = time.perf_counter()
             first = first or now
             stats.ttft_s, stats.decode_s, stats.read_bytes = first - began, now - first, _read_bytes() - read
@@ -221,7 +222,7 @@ class Session:
             if stats.generated_tokens == params.max_tokens or len(self.tokens) >= self.state.n_ctx:
                 stats.stop_reason = "length" if stats.generated_tokens == params.max_tokens else "context"
                 break
-            logits = self._extend([sample.id])
+            logits = self._extend([sample.id], best=short)
         # Text held back: the start of a stop string that did not come, or half a character.
         text, stopped = stops.push(decoder.flush())
         held = text + ("" if stopped else stops.flush())

@@ -251,7 +251,7 @@ def test_sampling_follows_the_seed(engine):
 
 def test_wrong_wishes_are_named(paths, engine):
     for wish, text in [
-        (dict(device="tpu"), "device is 'tpu', but there are: auto, cpu, reference"),
+        (dict(device="tpu"), "device is 'tpu', but there are: auto, cuda, cpu, reference"),
         (dict(kv="q4"), "kv is 'q4', but there are: f16, f32, q8_0"),
         (dict(n_ctx=0), "n_ctx is 0"),
         (dict(n_ctx=10**9), "trained for"),
@@ -341,7 +341,7 @@ def test_an_older_answer_cannot_go_on_after_a_newer_one(engine):
 def test_a_generation_of_one_token_runs_the_model_once(engine):
     session = engine.session()
     calls, extend = [], session._extend
-    session._extend = lambda tokens, all=False: calls.append(len(tokens)) or extend(tokens, all)
+    session._extend = lambda tokens, all=False, best=0: calls.append(len(tokens)) or extend(tokens, all, best)
     assert len(answer(session, np.array(prompt(10)), SamplingParams(temperature=0, max_tokens=1))) == 1
     assert calls == [10]
     assert answer(session, prompt(10), SamplingParams(max_tokens=0)) == [] and session.stats.stop_reason == "length"

@@ -287,3 +287,13 @@ def test_a_backend_without_a_verb_is_refused():
     with pytest.raises(contract.DeviceError, match=r"lacks the verb gate\(out, x, g\)"):
         contract.check(Half)
     assert contract.check(CpuOps) is CpuOps
+
+
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_top_k(cpu, k):
+    rng = np.random.default_rng(k)
+    logits = np.round(rng.standard_normal((3, 900)), 1).astype(np.float32)  # with ties
+    logits[1, 300], logits[2, [5, 700]] = np.nan, -np.inf
+    ids, values = np.full((3, k), -7, np.int32), np.full((3, k), 99, np.float32)
+    for got, wanted in both(cpu, lambda ops, ids, values: ops.top_k(ids, values, logits), ids, values):
+        np.testing.assert_array_equal(got, wanted)

@@ -137,7 +137,7 @@ def test_options_of_the_session_and_the_type(run):
 def test_notes_say_what_this_version_does_not_do(run):
     assert any("does not run gpt-oss" in line for line in run("gpt-oss-20b", "--machine", "cpu"))
     assert not any(line.startswith("note") for line in run("qwen3-30b-a3b", "--machine", "cpu"))
-    assert any("computes on the CPU only" in line for line in run(*LAPTOP))
+    assert any("uses a GPU for models that fit" in line for line in run(*LAPTOP))
 
 
 def test_defaults_are_the_engines():

@@ -182,13 +182,16 @@ def test_what_was_routed_is_read_and_nothing_else(engine, tells):
     seen = ahead.boxes[:, 0].copy()
     for layer, box in enumerate(ahead.boxes):
         ops.post(box, np.array([[layer, 7 - layer, layer]], np.int32))
-    ahead.over.clear()
-    ahead.cache.tells = tells
-    ahead._follow(seen)
-    ahead.cache.tells = True
     wanted = pages([expert(file, layer, kind, e) for layer in range(4) for kind in KINDS for e in (layer, 7 - layer)])
     wanted |= pages([each for part in ahead.dense for each in part])
-    assert not arrive(wanted)
+    ahead.over.clear()
+    for _ in range(3):  # a system that is short of memory may drop a request
+        ahead.cache.tells = tells
+        ahead._follow(seen)
+        ahead.cache.tells = True
+        if not (missing := arrive(wanted)):
+            break
+    assert not missing
     others = pages([expert(file, layer, kind, e) for layer in range(4) for kind in KINDS for e in range(N_EXPERT)]) - wanted
     assert len(others) > 4 * 3 * 6 * 7, "of six experts in each layer, at least the pages that they share with none"
     assert not resident(others)

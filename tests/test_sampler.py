@@ -226,3 +226,27 @@ def test_nothing_is_held_back_without_need(text, stop):
     out, _ = StopStrings([stop]).push(text)
     held = text[len(out) :]
     assert stop.startswith(held) and len(held) < len(stop)
+
+
+SHORT = [dict(temperature=0), dict(), dict(top_k=5, top_p=1, min_p=0), dict(top_k=64, temperature=2, min_p=0)]
+LONG = [dict(repeat_penalty=2), dict(presence_penalty=1), dict(logit_bias={3: 1}), dict(logprobs=0)]
+LONG += [dict(top_k=0), dict(top_k=1025)]
+
+
+@pytest.mark.parametrize("settings", SHORT)
+def test_a_shortlist_is_all_that_a_choice_looks_at(settings):
+    rng = np.random.default_rng(3)
+    params = SamplingParams(seed=1, **settings)
+    whole, short = Sampler(params, 500), Sampler(params, 500)
+    for _ in range(40):
+        logits = np.round(3 * rng.standard_normal(500), 1).astype(np.float32)  # with ties
+        ids = np.argsort(-logits, kind="stable")[: short.shortlist]
+        assert short.choose(ids, logits[ids]).id == whole.sample(logits).id
+    with pytest.raises(RgpuError, match="no token can be chosen"):
+        short.choose(ids, np.full(len(ids), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("settings", LONG)
+def test_what_needs_every_logit_has_no_shortlist(settings):
+    assert Sampler(SamplingParams(**settings), 5000).shortlist == 0
+    assert Sampler(SamplingParams(top_k=40), 40).shortlist == 0

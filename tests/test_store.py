@@ -28,7 +28,7 @@ def file(request, tmp_path_factory):
 
 
 def banks_of(file):
-    return load.bind(file, ReferenceOps()).banks
+    return load.bind(file, load.inspect(file), ReferenceOps()).banks
 
 
 def bank(*parts):

@@ -17,8 +17,13 @@ from ..errors import DeviceError
 
 Array = Any  # NumPy or a device's array: shape, dtype, reshape, slicing
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cuda", "cpu", "reference")
 L2_EPS = 1e-6  # least norm in the delta rule's x / |x|: a constant of the architecture's authors, not the norms' eps
+
+
+def address_of(array: Array) -> int:
+    """Where an array's first element lies, in the memory of the backend that has it."""
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.address
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Weight:
     @cached_property
     def address(self) -> int:
         """Where the first row lies, for a backend that reads host memory."""
-        return self.data.__array_interface__["data"][0]
+        return address_of(self.data)
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,13 @@ class Slots:
     @cached_property
     def addresses(self) -> np.ndarray:
         """int64 [n_slots]: where each slot lies, for a backend that reads host memory."""
-        bases = np.array([part.__array_interface__["data"][0] for part in self.data], np.int64)
+        bases = np.array([address_of(part) for part in self.data], np.int64)
         return bases[self.source] + self.offset
 
     def place(self, slot: int, offset: int) -> None:
         """The slot's matrix begins at byte `offset` of its data from now on."""
         self.offset[slot] = offset
-        self.addresses[slot] = self.data[self.source[slot]].__array_interface__["data"][0] + offset
+        self.addresses[slot] = address_of(self.data[self.source[slot]]) + offset
 
     def weight(self, slot: int) -> Weight:
         start = int(self.offset[slot])
@@ -91,7 +96,8 @@ class Needs:
     embeddings: frozenset[str]  # … that rows are taken from
     experts: frozenset[str]  # … of the experts
     kv: str  # type name of the KV cache
-    recurrent: bool
+    recurrent: int  # values of a key head of the recurrent layers, 0 without such layers
+    n_embd_head: int = 0  # values of a head of attention
     gate_up: frozenset[tuple[str, str]] = frozenset()  # types of experts' (gate, up), and of down; unless given, all of `experts`
     down: frozenset[str] = frozenset()
 
@@ -100,15 +106,25 @@ class Ops(Protocol):
     """A backend. Shapes: n = tokens of this call; every `out` is written whole unless a verb says that it adds."""
 
     name: str
+    reads_host_memory: bool  # weights may stay where a file is mapped
 
-    def prepare(self, needs: Needs, progress: Callable[[int, int, str], None] | None) -> None:
-        """Compile or load the kernels for `needs` and allocate scratch; `progress(done, total, what)`."""
+    def prepare(self, needs: Needs, progress: Callable[[int, int, str], None] | None) -> Callable[[], None]:
+        """Compile or load the kernels for `needs` and allocate scratch; `progress(done, total, what)`.
+
+        That may still go on while weights are handed over: what is returned waits for its end, and raises its errors.
+        """
+
+    def close(self) -> None:
+        """The end: give back what is not given back by itself."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeroed memory of the backend. (Zeroed, so that no run depends on what lay there.)"""
 
     def upload(self, array: np.ndarray) -> Array:
         """Host values in the backend's memory; may be the same memory."""
+
+    def write(self, out: Array, values: np.ndarray) -> None:
+        """out = host values of the same shape and dtype; they may be changed as soon as this returns."""
 
     def to_host(self, x: Array) -> np.ndarray:
         """A copy on the host; waits for what computes it."""
@@ -177,6 +193,12 @@ class Ops(Protocol):
 
     def publish(self, answer: Array, count: int) -> None:
         """answer[0] = count, after all that the calling thread has written; at once, from any thread."""
+
+    def top_k(self, ids: Array, values: Array, logits: Array) -> None:
+        """ids int32, values float32 [n, k]: the k <= 1,024 largest of each row of logits [n, n_vocab], best first.
+
+        Of equals the lowest id comes first, NaN before all.
+        """
 
     def expert_ffn(self, out: Array, x: Array, bank: Bank, table: Array, ids: Array, weights: Array) -> None:
         """out[t] += Σ_k weights[t, k] · down(silu(gate x[t]) · up x[t]) of slot table[ids[t, k]], skipping slot -1."""

@@ -45,6 +45,7 @@ def rows_at(x) -> tuple[int, int, int, int]:
 @check
 class CpuOps:
     name = "cpu"
+    reads_host_memory = True
 
     def __init__(self, threads=None):
         most = OVERSUBSCRIBED * kernels.most_threads()
@@ -79,12 +80,20 @@ class CpuOps:
         self.hidden = np.zeros((pairs, 4 * needs.n_ff_exp), np.uint8)  # float32, or blocks in the first part of it
         self.groups = np.zeros(needs.n_expert + 1 + pairs, np.int32)
         self.partial: dict[int, np.ndarray] = {}  # by size
+        return lambda: None
+
+    def close(self):
+        pass
 
     def empty(self, shape, dtype):
         return np.zeros(shape, dtype)
 
     def upload(self, array):
         return np.ascontiguousarray(array)
+
+    def write(self, out, values):
+        assert self.recording is None and out.dtype == values.dtype
+        np.copyto(out, values)
 
     def to_host(self, x):
         return x.copy()
@@ -293,6 +302,16 @@ class CpuOps:
 
     def publish(self, answer, count):
         post.publish(at(answer), count)
+
+    def top_k(self, ids, values, logits):
+        k = ids.shape[1]
+        for row, chosen, worth in zip(logits, ids, values, strict=True):
+            found = np.array([row.argmax()])  # the first of equals, or of NaN
+            if k > 1:
+                found = np.flatnonzero(~(row < np.partition(row, -k)[-k]))
+                order = -np.where(np.isnan(row[found]), np.inf, row[found])
+                found = found[np.argsort(order, kind="stable")][:k]
+            chosen[:], worth[:] = found, row[found]
 
     def expert_ffn(self, out, x, bank, table, ids, weights):
         (n, k), n_expert = ids.shape, len(table)

@@ -38,11 +38,15 @@ def cached(cache, part, n):
 @check
 class ReferenceOps:
     name = "reference"
+    reads_host_memory = True
 
     def __init__(self, threads=None):
         pass
 
     def prepare(self, needs, progress):
+        return lambda: None
+
+    def close(self):
         pass
 
     def empty(self, shape, dtype):
@@ -50,6 +54,9 @@ class ReferenceOps:
 
     def upload(self, array):
         return array
+
+    def write(self, out, values):
+        out[...] = values
 
     def to_host(self, x):
         return x.copy()
@@ -153,6 +160,11 @@ class ReferenceOps:
 
     def publish(self, answer, count):
         answer[0] = count
+
+    def top_k(self, ids, values, logits):
+        order = np.argsort(-np.where(np.isnan(logits), np.inf, logits), axis=1, kind="stable")[:, : ids.shape[1]]
+        ids[...] = order
+        values[...] = np.take_along_axis(logits, order, axis=1)
 
     def expert_ffn(self, out, x, bank, table, ids, weights):
         for expert in np.unique(ids):

@@ -57,7 +57,8 @@ class TracedExperts:
             near = self.forced.ids[..., : self.near.shape[2]] if self.forced.near is None else self.forced.near
             for mine, wanted in ((self.ids, self.forced.ids), (self.near, near)):
                 values = wanted[rows, : len(mine)].swapaxes(0, 1).astype(np.int32)
-                self.ops.copy(mine[:, :n_tokens], self.ops.upload(values))
+                for layer in range(len(mine)):
+                    self.ops.write(mine[layer, :n_tokens], values[layer])
         with self.experts.forward(n_tokens):
             yield
         self.tokens += n_tokens
