@@ -1,6 +1,7 @@
 """Fixtures that several test files use: the shared reference data, where there is any, and a model to talk to."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from tests.program import never_ending
 # The same examples on every run, and no deadline on a busy machine: a failure means a change.
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+# A shell's background job ignores Ctrl-C, and so would every program that the tests start from it and press Ctrl-C in.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
